@@ -1,0 +1,214 @@
+"""The configuration: `/etc/srpc/srpcd.toml`, all keys optional, checked once, frozen.
+
+A wrong key, type or value is refused with the file, the key and the reason (`ConfigError`); nothing is guessed.
+"""
+
+import ipaddress
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
+
+class ConfigError(Exception):
+    """The configuration can't be used; the message says which file, which key, and why."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the tables in the file."""
+
+
+class Paths(Section, frozen=True):
+    """Where things are. tree: the endpoints. runtime: local socket and lines. key, certificate: of TLS, PEM files."""
+
+    tree: str = "/srv/rpc"
+    runtime: str = "/run/srpc"
+    key: str = "/var/lib/srpc/key.pem"
+    certificate: str = "/var/lib/srpc/cert.pem"
+
+
+class Listen(Section, frozen=True):
+    """tcp: addresses "host:port" (numeric host, IPv6 in brackets); an empty list: no network. local: the Unix socket."""
+
+    tcp: list[str] = ["0.0.0.0:7443", "[::]:7443"]  # noqa: S104  a server serves
+    local: bool = True
+
+
+class Authentication(Section, frozen=True):
+    """Who may authenticate over the network, and how long that is good for.
+
+    allow: accounts that are let in though they are system accounts (uid below `uid_min`) or have no valid shell.
+    afid_age: seconds an accepted afid is good for new attaches. session_age: seconds a session lives at most.
+    refresh: seconds between two looks at the groups of users with sessions. refusal: a refusal is answered this many
+    seconds (or a multiple) after the answer that it refuses.
+    """
+
+    pam_service: str = "srpcd"
+    allow: list[str] = []
+    uid_min: Annotated[int, msgspec.Meta(ge=1)] = 1000
+    timeout: Seconds = 60.0
+    afid_age: Seconds = 3600.0
+    session_age: Seconds = 86400.0
+    refresh: Seconds = 120.0
+    refusal: Seconds = 2.0
+
+
+class Limits(Section, frozen=True):
+    """How much of everything. Times in seconds; `per_address` counts IPv6 by /64, and the local socket by uid.
+
+    strangers: connections on which nobody has authenticated yet. outstanding: requests of one connection.
+    lines_per_worker, workers: of the whole daemon. buffer: bytes that may wait for one slow reader before it is no
+    longer read for. stall: a reader that takes nothing for so long is disconnected.
+    """
+
+    connections: Count = 1024
+    connections_per_address: Count = 256
+    strangers: Count = 256
+    strangers_per_address: Count = 64
+    workers: Count = 1024
+    lines_per_worker: Count = 256
+    outstanding: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1024
+    programs_per_worker: Count = 32
+    handshake_timeout: Seconds = 10.0
+    authentication_timeout: Seconds = 60.0
+    idle_timeout: Seconds = 900.0
+    call_timeout: Seconds = 60.0
+    worker_idle: Seconds = 60.0
+    resident_idle: Seconds = 300.0
+    drain: Seconds = 10.0
+    stall: Seconds = 20.0
+    buffer: Annotated[int, msgspec.Meta(ge=65536)] = 4 * 1024 * 1024
+
+
+class Log(Section, frozen=True):
+    """format: "text" or "json" lines, on standard error."""
+
+    format: Annotated[str, msgspec.Meta(pattern="^(text|json)$")] = "text"
+    level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")] = "info"
+
+
+class Config(Section, frozen=True):
+    """All of it. gate_user: the account that gates run as (ignored in personal mode)."""
+
+    paths: Paths = Paths()
+    listen: Listen = Listen()
+    authentication: Authentication = Authentication()
+    limits: Limits = Limits()
+    log: Log = Log()
+    gate_user: str = "_srpcd"
+    program_path: str = "/usr/local/bin:/usr/bin:/bin"
+
+
+def default_file(personal: bool) -> Path:
+    """The file that is read when none is named."""
+    if not personal:
+        return Path("/etc/srpc/srpcd.toml")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "srpc/srpcd.toml"
+
+
+def personal_paths() -> dict[str, str]:
+    """Defaults of `[paths]` for a daemon that a user runs for himself."""
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "srpc"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return {
+        "tree": str(data / "tree"),
+        "runtime": str(Path(runtime) / "srpc") if runtime else str(data / "run"),
+        "key": str(data / "key.pem"),
+        "certificate": str(data / "cert.pem"),
+    }
+
+
+def load(file: Path | None, overrides: list[str], personal: bool) -> Config:
+    """Read and check.
+
+    file: the file to read, which must then exist; None: the default file, if it is there.
+    overrides: `"section.key=value"` in TOML syntax, stronger than the file (a bare word is taken as a string).
+    personal: whose defaults to take.
+    Raises ConfigError.
+    """
+    source = file or default_file(personal)
+    table: dict[str, Any] = {}
+    try:
+        table = tomllib.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if file is not None:
+            raise ConfigError(f"{source}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+        raise ConfigError(f"{source}: {fault}") from None
+    for override in overrides:
+        _override(table, override)
+    if personal and isinstance(table.setdefault("paths", {}), dict):
+        table["paths"] = personal_paths() | table["paths"]
+    try:
+        config = msgspec.convert(table, Config)
+    except msgspec.ValidationError as fault:
+        raise ConfigError(f"{source}: {_place(str(fault))}") from None
+    _check(config, source)
+    return config
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"command line: {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for key in keys[:-1]:
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"command line: {override!r}: {key} is not a table")
+        table = inner
+    table[keys[-1]] = value
+
+
+def _place(fault: str) -> str:
+    """msgspec's `Expected int, got str - at `$.limits.workers`` with the key in front."""
+    reason, at, place = fault.partition(" - at `$.")
+    return f"{place.rstrip('`')}: {reason}" if at else reason
+
+
+def _check(config: Config, source: Path) -> None:
+    for name in Paths.__struct_fields__:
+        path = getattr(config.paths, name)
+        if not os.path.isabs(path) or "\0" in path:
+            raise ConfigError(f"{source}: paths.{name}: {path!r} is not an absolute path")
+    for address in config.listen.tcp:
+        try:
+            tcp_address(address)
+        except ValueError as fault:
+            raise ConfigError(f"{source}: listen.tcp: {address!r}: {fault}") from None
+    if not config.listen.tcp and not config.listen.local:
+        raise ConfigError(f"{source}: listen: neither tcp nor local: nothing to listen on")
+    service = config.authentication.pam_service
+    if not service or "/" in service or "\0" in service:
+        raise ConfigError(f"{source}: authentication.pam_service: {service!r} is not the name of a file in /etc/pam.d")
+    if "root" in config.authentication.allow:
+        raise ConfigError(f"{source}: authentication.allow: root can't be allowed: no call is ever made as root")
+
+
+def tcp_address(address: str) -> tuple[str, int]:
+    """(host, port) of "host:port". Raises ValueError with the reason."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError("not of the form host:port, with a port from 0 to 65535")
+    if host.startswith("[") and host.endswith("]"):
+        return str(ipaddress.IPv6Address(host[1:-1])), int(port)
+    return str(ipaddress.IPv4Address(host)), int(port)
+
+
+def encode(config: Config) -> bytes:
+    """As JSON, for a gate."""
+    return msgspec.json.encode(config)
+
+
+def decode(data: bytes) -> Config:
+    """What `encode` made."""
+    return msgspec.json.decode(data, type=Config)

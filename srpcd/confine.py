@@ -1,0 +1,75 @@
+"""What a freshly exec'd process does before anything else: close itself off, and prove that it dropped what it had.
+
+`srpcd.monitor.launch` drops the privileges before the exec; this module is the other half, in the new program. It does
+not ask whether something changed but whether everything *is* as told (OpenSSH's `permanently_set_uid` tries to regain
+what was dropped, and so do we). Any surprise raises `NotConfined`, and the process ends before it reads a request.
+"""
+
+import ctypes
+import os
+
+PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE = 1, 3, 4
+PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class NotConfined(Exception):
+    """The process is not what it was told to be."""
+
+
+def prctl(option: int, value: int = 0) -> int:
+    """prctl(2) with the unused arguments 0, as the kernel demands. Raises OSError."""
+    result: int = _libc.prctl(ctypes.c_int(option), *(ctypes.c_ulong(each) for each in (value, 0, 0, 0)))
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"prctl({option}): {os.strerror(errno)}")
+    return result
+
+
+def status() -> "dict[str, str]":
+    """The fields of /proc/self/status."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
+
+
+def make_undumpable() -> None:
+    """No core dump, no ptrace, no /proc/PID/mem by processes of the same uid. To be called before anything else."""
+    prctl(PR_SET_DUMPABLE, 0)
+
+
+def prove(uid: int, gid: int, groups: "Iterable[int]", personal: bool) -> None:
+    """Check that this process is exactly who it was told to be, and can't become anybody else.
+
+    uid, gid, groups: as in `WorkerSetup`. personal: the daemon runs as the user himself, so nothing was dropped; the
+    capability bounding set is then whatever his processes have.
+    Raises NotConfined.
+    """
+
+    def check(what: str, found: object, wanted: object) -> None:
+        if found != wanted:
+            raise NotConfined(f"{what}: {found}, not {wanted}")
+
+    check("dumpable", prctl(PR_GET_DUMPABLE), 0)
+    check("user ids", os.getresuid(), (uid, uid, uid))
+    check("group ids", os.getresgid(), (gid, gid, gid))
+    check("supplementary groups", sorted(os.getgroups()), sorted(groups))
+    if uid == 0:
+        raise NotConfined("root is nobody to run as")
+    facts = status()
+    # The file system ids are a fourth kind that no getter tells; /proc does.
+    check("user ids in /proc", facts["Uid"].split(), [str(uid)] * 4)
+    check("group ids in /proc", facts["Gid"].split(), [str(gid)] * 4)
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        if not (personal and name == "CapBnd"):
+            check(name, int(facts[name], 16), 0)
+    check("no_new_privs", prctl(PR_GET_NO_NEW_PRIVS), 1)
+    try:
+        os.setresuid(0, 0, 0)
+    except PermissionError:
+        return
+    raise NotConfined("uid 0 could be regained")

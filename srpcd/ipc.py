@@ -1,0 +1,546 @@
+"""Typed messages between the daemon's processes, and the pipes and sockets that carry them.
+
+Who talks to whom, and through what:
+
+    monitor ──► gate, worker, authentication child    a SEQPACKET socket: the monitor hands out descriptors with it
+    gate, worker, authentication child ──► monitor    a pipe in packet mode: *no descriptor fits through a pipe*
+    gate ◄─► authentication child                     two pipes in packet mode
+    gate ◄─► worker                                   two plain pipes, with frames (see below)
+
+A descriptor that a hostile process sends can hang whoever only closes it (a file on the sender's own FUSE mount), so
+nobody here can be sent one by anybody but the monitor. A message is at most PIPE_BUF bytes, which the kernel writes as one.
+
+This module is light: workers import it.
+
+Between gate and worker there are frames as on the network, with types of their own (`WALK` … `WORKER_ERROR`), bodies
+packed by struct, and a *tag* that the gate chooses in the place of seq. The worker keeps no fids.
+
+    gate ► worker   OPEN   tag = connection number   peer's address, UTF-8 (before anything else of that connection)
+                    CLOSE  tag = connection number   —               (flushes what is outstanding, no replies to that)
+                    WALK                             path
+                    STAT                             STAT_HEAD: dev, ino, limit, length of after; after; path
+                    CALL                             CALL_HEAD: connection, dev, ino, length of path; path;
+                                                     metadata length, metadata, payload (as on the network)
+                    FLUSH                            FLUSH_BODY: tag to cancel
+    worker ► gate   WALKED                           WALKED_BODY: dev, ino, kind
+                    STATTED                          a packed `Stat`
+                    CALLED                           metadata length, metadata, payload
+                    FLUSHED                          — (after the cancelled call's own WORKER_ERROR)
+                    WORKER_ERROR                     ERROR_HEAD: errno, origin; origin ORIGIN_KERNEL: a sentence, UTF-8,
+                                                     may be empty; ORIGIN_HANDLER: the handler's own error body, JSON
+                                                     that nobody has looked into yet
+
+A path is that of the whole tree: elements joined by `/`, no slash in front, empty for the root.
+"""
+
+import array
+import os
+from _socket import MSG_CMSG_CLOEXEC, MSG_DONTWAIT, SCM_RIGHTS, SOL_SOCKET
+from _socket import socket as Socket
+from struct import Struct
+from struct import error as StructError
+
+from srpcd.wire.limits import CALL_MAX, ERROR_MESSAGE_MAX, JSON_MAX, NAME_MAX, PATH_MAX, STAT_REPLY_MAX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import dataclass_transform
+else:
+
+    def dataclass_transform():
+        return lambda cls: cls
+
+
+PACKET_MAX = 4096
+"""PIPE_BUF: the largest message."""
+
+# --- frames between gate and worker ------------------------------------------------------------------------------------
+
+OPEN, CLOSE, WALK, STAT, CALL, FLUSH = 1, 2, 3, 4, 5, 6
+WALKED, STATTED, CALLED, FLUSHED, WORKER_ERROR = 33, 34, 35, 36, 37
+
+STAT_HEAD = Struct("!QQIH")
+CALL_HEAD = Struct("!QQQH")
+FLUSH_BODY = Struct("!Q")
+WALKED_BODY = Struct("!QQB")
+ERROR_HEAD = Struct("!HB")
+ORIGIN_KERNEL, ORIGIN_HANDLER = 0, 1
+
+DIRECTORY, SERVICE, PROGRAM, RESIDENT = 0, 1, 2, 3
+"""Kinds of file in the tree (WALKED_BODY, Stat)."""
+
+TO_WORKER = {
+    OPEN: NAME_MAX,
+    CLOSE: 0,
+    WALK: PATH_MAX,
+    STAT: STAT_HEAD.size + NAME_MAX + PATH_MAX,
+    CALL: CALL_HEAD.size + PATH_MAX + CALL_MAX,
+    FLUSH: FLUSH_BODY.size,
+}
+FROM_WORKER = {
+    WALKED: WALKED_BODY.size,
+    STATTED: STAT_REPLY_MAX,
+    CALLED: CALL_MAX,
+    FLUSHED: 0,
+    WORKER_ERROR: ERROR_HEAD.size + max(JSON_MAX, ERROR_MESSAGE_MAX),
+}
+"""For FrameReader: type to the largest body."""
+
+# --- typed messages ----------------------------------------------------------------------------------------------------
+
+
+class MessageError(Exception):
+    """The bytes are no message of ours: the sender is broken or hostile, and whoever reads this ends it."""
+
+
+_U64 = Struct("!Q")
+_U32 = Struct("!I")
+
+
+def _put(kind: object, value: object) -> bytes:
+    if kind is int:
+        return _U64.pack(value)
+    if kind is bool:
+        return b"\1" if value else b"\0"
+    if kind is bytes:
+        return _U32.pack(len(value)) + value  # type: ignore[arg-type, operator]
+    if kind is str:
+        text = value.encode("utf-8", "surrogateescape")  # type: ignore[attr-defined]
+        return _U32.pack(len(text)) + text  # type: ignore[no-any-return]
+    item = kind.__args__[0]  # type: ignore[attr-defined]  # tuple[item, ...]
+    return _U32.pack(len(value)) + b"".join(_put(item, each) for each in value)  # type: ignore[arg-type, attr-defined]
+
+
+def _get(kind: object, data: bytes, at: int) -> "tuple[object, int]":
+    if kind is int:
+        return _U64.unpack_from(data, at)[0], at + 8
+    if kind is bool:
+        return data[at] != 0, at + 1
+    (length,) = _U32.unpack_from(data, at)
+    at += 4
+    if length > len(data) - at:
+        raise MessageError("a length beyond the message")
+    if kind is bytes:
+        return data[at : at + length], at + length
+    if kind is str:
+        return data[at : at + length].decode("utf-8", "surrogateescape"), at + length
+    values = []
+    for _ in range(length):
+        value, at = _get(kind.__args__[0], data, at)  # type: ignore[attr-defined]
+        values.append(value)
+    return tuple(values), at
+
+
+@dataclass_transform()
+class Message:
+    """A record whose fields are its annotations: int (64 bits, unsigned), bool, str, bytes, or tuple[one of these, ...]."""
+
+    _classes: "list[type[Message]]" = []
+    _fields: "dict[str, object]" = {}
+    _number = 0
+
+    def __init_subclass__(cls) -> None:
+        cls._number = len(Message._classes)
+        cls._fields = dict(cls.__annotations__)
+        Message._classes.append(cls)
+
+    def __init__(self, *values: object) -> None:
+        if len(values) != len(self._fields):
+            raise TypeError(f"{type(self).__name__} has {len(self._fields)} fields, not {len(values)}")
+        self.__dict__.update(zip(self._fields, values, strict=True))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def pack(self) -> bytes:
+        """The message as bytes."""
+        parts = [_put(kind, self.__dict__[name]) for name, kind in self._fields.items()]
+        return bytes((self._number,)) + b"".join(parts)
+
+    @staticmethod
+    def unpack(data: bytes) -> "Message":
+        """The message in `data`, all of it. Raises MessageError for anything that `pack` would not have made."""
+        try:
+            cls = Message._classes[data[0]]
+            values, at = [], 1
+            for kind in cls._fields.values():
+                value, at = _get(kind, data, at)
+                values.append(value)
+        except (IndexError, StructError, UnicodeDecodeError) as fault:
+            raise MessageError(str(fault)) from None
+        if at != len(data):
+            raise MessageError("bytes left over")
+        return cls(*values)
+
+
+# monitor ► gate
+
+
+class GateSetup(Message):
+    """First message to a gate, with the descriptors of key and certificate where it speaks TLS.
+
+    identity: uid, gid and supplementary groups that it must find itself to have. kind: "tls" or "local".
+    config: the daemon's configuration as JSON (`srpcd.config`).
+    """
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    personal: bool
+    kind: str
+    config: bytes
+
+
+class Connection(Message):
+    """An accepted connection, with its descriptor. peer: address for people and for programs (`SRPC_PEER`)."""
+
+    conn: int
+    peer: str
+
+
+class Conversation(Message):
+    """Authentication has begun: talk to its child through the two descriptors, (read prompts, write answers)."""
+
+    conn: int
+    afid: int
+
+
+class Verdict(Message):
+    """Authentication is over. errno: 0 accepted; EACCES refused; EAGAIN a limit; ETIMEDOUT not finished in time."""
+
+    conn: int
+    afid: int
+    errno: int
+    message: str
+
+
+class Attached(Message):
+    """An attach or a resume is granted. With two descriptors, (read from worker, write to worker), where the gate does
+    not have this worker yet; without any where it does."""
+
+    conn: int
+    request: int
+    session: int
+    worker: int
+
+
+class Refused(Message):
+    """An attach, resume or announce is not granted."""
+
+    conn: int
+    request: int
+    errno: int
+    message: str
+
+
+class SessionOver(Message):
+    """The session is too old, or its user has changed: forget its fids (EKEYEXPIRED), another attach is needed."""
+
+    conn: int
+    session: int
+
+
+class Announced(Message):
+    """The endpoint is registered. warning: a sentence, or empty."""
+
+    conn: int
+    request: int
+    announcement: int
+    warning: str
+
+
+class NewLine(Message):
+    """A caller's line is ready for the service behind an announcement."""
+
+    conn: int
+    announcement: int
+    line: int
+
+
+class Drain(Message):
+    """Take no new calls; finish or fail what is outstanding within `milliseconds`, then exit."""
+
+    milliseconds: int
+
+
+# gate ► monitor
+
+
+class Ready(Message):
+    """The gate has dropped everything, proved it, and serves."""
+
+
+class Taken(Message):
+    """The gate has the connection (so the monitor may hand over more)."""
+
+    conn: int
+
+
+class Authenticate(Message):
+    """Begin to authenticate. afid: a number that the gate chose (its own, not the network's), new on this connection."""
+
+    conn: int
+    afid: int
+    mechanism: str
+    uname: str
+    aname: str
+
+
+class ForgetAfid(Message):
+    """The client clunked the afid: end its authentication, or what it is good for."""
+
+    conn: int
+    afid: int
+
+
+class Attach(Message):
+    """Make a session. request: the gate's number for the reply (Attached or Refused). aname: normalised path."""
+
+    conn: int
+    request: int
+    afid: int
+    uname: str
+    aname: str
+
+
+class Resume(Message):
+    """The worker of a session has died: another one, please (Attached or Refused)."""
+
+    conn: int
+    request: int
+    session: int
+
+
+class Announce(Message):
+    """Register the endpoint at `path` for the process at the other end of a local connection."""
+
+    conn: int
+    request: int
+    path: str
+
+
+class Withdraw(Message):
+    """End an announcement."""
+
+    conn: int
+    announcement: int
+
+
+class Refusal(Message):
+    """For the log: the kernel (or a rule) refused a walk, stat or call."""
+
+    conn: int
+    session: int
+    operation: str
+    path: str
+    errno: int
+
+
+# monitor ► worker
+
+
+class WorkerSetup(Message):
+    """First message to a worker: who it must find itself to be, and its bounds.
+
+    uid, gid, groups: all three ids of each kind, and the supplementary groups exactly. personal: no drop took place.
+    user: the account's name. tree: the tree's root directory. path: `PATH` for programs.
+    call_timeout: ms for one call. children: programs at once. resident_idle: ms without a call after which it ends.
+    """
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    personal: bool
+    user: str
+    tree: str
+    path: str
+    call_timeout: int
+    children: int
+    resident_idle: int
+
+
+class Gate(Message):
+    """Another gate routes to this worker: two descriptors, (read from gate, write to gate)."""
+
+    gate: int
+
+
+class Line(Message):
+    """A line: two descriptors, (write end of recv, read end of send). dev, ino: of the endpoint."""
+
+    line: int
+    dev: int
+    ino: int
+
+
+class Lines(Message):
+    """Answer to LinesWanted, after the `Line`s that there are now. errno 0: permitted, and further lines will come by
+    themselves when somebody announces; else the probe's errno (EACCES, ENOENT, ESTALE …) or EAGAIN."""
+
+    dev: int
+    ino: int
+    errno: int
+
+
+class LineOver(Message):
+    """The announcement behind a line has ended."""
+
+    line: int
+
+
+class Live(Message):
+    """Answer to IsLive."""
+
+    request: int
+    live: bool
+
+
+# worker ► monitor
+
+
+class Proved(Message):
+    """The worker has proved its drop, and serves."""
+
+
+class LinesWanted(Message):
+    """First call on a service endpoint, or no line to it is left. The worker's word for dev and ino is checked."""
+
+    path: str
+    dev: int
+    ino: int
+
+
+class LineGone(Message):
+    """The other end of a line is gone."""
+
+    line: int
+
+
+class IsLive(Message):
+    """Does anybody serve this endpoint?"""
+
+    request: int
+    dev: int
+    ino: int
+
+
+# monitor ► authentication child
+
+
+class AuthSetup(Message):
+    """First message, with two descriptors, (read answers, write prompts), for the gate.
+
+    service: PAM service. rhost: the peer's address. mechanism "peer": uid is who the kernel says it is, and the account's
+    name must be uname.
+    """
+
+    mechanism: str
+    service: str
+    uname: str
+    uid: int
+    rhost: str
+
+
+# authentication child ► monitor
+
+
+class Outcome(Message):
+    """How it ended. errno 0: accepted. reason: for the log, never for the client. answered: CLOCK_MONOTONIC in ns of the
+    last answer that came, 0 if none."""
+
+    errno: int
+    reason: str
+    answered: int
+
+
+# authentication child ► gate, gate ► authentication child
+
+
+class Prompts(Message):
+    """What PAM says, in order: styles "secret", "text", "info", "error", and texts."""
+
+    styles: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+class Answer(Message):
+    """The answer to the next prompt that wants one. Over PASSWORD_MAX: cut to one byte more, so that it is refused."""
+
+    answer: bytes
+
+
+# a worker's STATTED body
+
+
+class Stat(Message):
+    """What stat found; fields as in the protocol. kind: DIRECTORY … RESIDENT. readable: children could be read."""
+
+    dev: int
+    ino: int
+    kind: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: int
+    live: bool
+    readable: bool
+    more: bool
+    user: str
+    group: str
+    context: str
+    children: tuple[str, ...]
+
+
+# --- transport ---------------------------------------------------------------------------------------------------------
+
+
+def receive(sock: Socket) -> "tuple[Message, list[int]] | None":
+    """The monitor's next message on `sock`, with the descriptors that came with it (close-on-exec).
+
+    Returns None at end of file: the monitor is gone. Raises BlockingIOError, MessageError.
+    """
+    data, ancillary, _flags, _address = sock.recvmsg(256 * 1024, 4096, MSG_CMSG_CLOEXEC)
+    if not data:
+        return None
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return Message.unpack(data), fds.tolist()
+
+
+def send_descriptors(sock: Socket, message: Message, fds: "Sequence[int]" = ()) -> None:
+    """Send from the monitor, without blocking. Raises BlockingIOError when the peer does not read: end that peer."""
+    ancillary = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([message.pack()], ancillary, MSG_DONTWAIT)
+
+
+def packet_pipe() -> "tuple[int, int]":
+    """A pipe (read end, write end) that keeps messages apart (pipe(2), O_DIRECT), not blocking, close-on-exec."""
+    return os.pipe2(os.O_DIRECT | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def read_packet(fd: int) -> "Message | None":
+    """The next message of a packet pipe; None at end of file. Raises BlockingIOError, MessageError."""
+    data = os.read(fd, PACKET_MAX)
+    return Message.unpack(data) if data else None
+
+
+def write_packet(fd: int, message: Message) -> None:
+    """Write one message to a packet pipe. Raises BlockingIOError when it is full, MessageError when it is too large."""
+    data = message.pack()
+    if len(data) > PACKET_MAX:
+        raise MessageError(f"{type(message).__name__}: {len(data)} bytes do not fit into PIPE_BUF")
+    os.write(fd, data)
+
+
+def close_all(fds: "Iterable[int]") -> None:
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,85 @@
+"""Every bound of the protocol, with its reason.
+
+Bounds that an administrator may change are in `srpcd.config`; what stands here is part of the protocol or of the way the
+processes talk to each other.
+"""
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# --- paths and names ---------------------------------------------------------------------------------------------------
+
+NAME_MAX = 255
+"""Bytes of one path element: what Linux file systems allow."""
+
+PATH_MAX = 2048
+"""Bytes of a whole path in the tree. A message to the monitor goes through a pipe in packet mode and must fit into
+PIPE_BUF (4096 bytes) with two paths' worth of room; Linux itself would allow 4095."""
+
+UNAME_MAX = 256
+"""Bytes of a user name: what `useradd` allows (32) and what directory services use (an e-mail address), with room."""
+
+# --- messages ----------------------------------------------------------------------------------------------------------
+
+PAYLOAD_MAX = 16 * MIB
+"""Bytes of a call's payload or of its reply. More is a stream's work."""
+
+METADATA_MAX = 64 * KIB
+"""Bytes of a call's metadata (JSON that gate and worker do not look into)."""
+
+CALL_MAX = PAYLOAD_MAX + METADATA_MAX + 12
+"""Bytes of the body of a call: fid, metadata length, metadata, payload."""
+
+APPEND_MAX = PAYLOAD_MAX + 64 * KIB
+"""Bytes of the JSON body of an append. Escapes may make text six times as long; whoever sends much uses call."""
+
+JSON_MAX = 64 * KIB
+"""Bytes of any other JSON request: two paths of PATH_MAX in the longest JSON escapes (6 bytes for each) fit."""
+
+STRANGER_MAX = MIB + 64 * KIB
+"""Bytes of any message before somebody has authenticated on the connection: memory that strangers can pin down. Large
+enough that a password of 1 MiB is answered as the wrong password that it is."""
+
+ERROR_MESSAGE_MAX = 4 * KIB
+"""Bytes of the sentence in an error, the end of a program's standard error included."""
+
+STAT_PAGE = 1000
+"""Names in one stat reply at most, and what is given when the request does not say."""
+
+STAT_REPLY_MAX = 4 * MIB
+"""Bytes of a stat reply's body: STAT_PAGE names of NAME_MAX bytes in JSON escapes, with room."""
+
+# --- authentication ----------------------------------------------------------------------------------------------------
+
+PASSWORD_MAX = 512
+"""Bytes of one answer to a PAM prompt (PAM_MAX_RESP_SIZE). Longer ones, and those with a NUL, are refused before PAM."""
+
+PROMPTS_MAX = 32
+"""Messages in one PAM conversation step (PAM_MAX_NUM_MSG)."""
+
+PROMPT_TEXT_MAX = 512
+"""Bytes of one prompt's text (PAM_MAX_MSG_SIZE)."""
+
+# --- one connection ----------------------------------------------------------------------------------------------------
+
+FIDS_MAX = 4096
+"""Fids of one connection: a client library caches one for each path that it calls."""
+
+AFIDS_MAX = 64
+"""Afids of one connection: one for each user on it, with room."""
+
+OUTSTANDING_MAX = 1024
+"""Requests of one connection that are not yet answered. One more is answered EAGAIN."""
+
+LISTENERS_MAX = 256
+"""Announcements of one connection."""
+
+# --- one worker --------------------------------------------------------------------------------------------------------
+
+LINE_OUTSTANDING_MAX = 1024
+"""Calls on one line that its handler has not answered, cancelled ones included: a handler that never answers does not
+collect memory. One more is answered EAGAIN."""
+
+READ_SIZE = 64 * KIB
+"""Bytes asked for in one read: a pipe's capacity. Larger buffers are mapped and unmapped at every read (measured: 25 %
+of all calls/s)."""
