@@ -22,6 +22,9 @@ METADATA_LENGTH = Struct("!I")
 SEQ = Struct("!Q")
 """Body of a flush: the seq to cancel."""
 
+PIPE_BUF = 4096
+"""Bytes that a pipe takes as one, on Linux."""
+
 CALLER = -2
 """First frame of a line: who the caller is, a JSON object. Written by the monitor (lines) or the worker (programs)."""
 ERROR = -1
@@ -96,6 +99,26 @@ LINE_REPLIES = {CALL_REPLY: CALL_MAX, ERROR: JSON_MAX}
 def frame(kind: int, seq: int, body: bytes = b"") -> bytes:
     """One frame, ready to be sent."""
     return HEADER.pack(kind, seq, len(body)) + body
+
+
+def _json_text(text: str) -> str:
+    """A JSON string, in ASCII."""
+    units = text.encode("utf-16-be", "surrogatepass")
+    codes = (int.from_bytes(units[at : at + 2], "big") for at in range(0, len(units), 2))
+    return '"' + "".join(chr(c) if 32 <= c < 127 and c not in (34, 92) else f"\\u{c:04x}" for c in codes) + '"'
+
+
+def caller_frame(uid: int, gid: int, groups: "tuple[int, ...]", user: str, context: str, endpoint: str) -> bytes:
+    """The first frame of a line (`messages.Caller`), at most PIPE_BUF bytes: groups are null where they do not fit.
+
+    Made by hand: neither the monitor nor a worker has a JSON library in it. context: empty for none.
+    """
+    label = _json_text(context) if context else "null"
+    head = f'{{"uid":{uid},"gid":{gid},"user":{_json_text(user)},"context":{label},"endpoint":{_json_text(endpoint)}'
+    body = f'{head},"groups":[{",".join(map(str, groups))}]}}'.encode()
+    if HEADER.size + len(body) > PIPE_BUF:
+        body = f'{head},"groups":null}}'.encode()
+    return frame(CALLER, 0, body)
 
 
 class FrameReader:

@@ -13,7 +13,8 @@ from srpcd.wire import errors, frames
 from srpcd.wire.errors import ProtocolError, RequestError
 from srpcd.wire.limits import ERROR_MESSAGE_MAX, METADATA_MAX, NAME_MAX, PATH_MAX, STAT_PAGE
 
-U64 = Annotated[int, msgspec.Meta(ge=0, le=2**64 - 1)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]
+"""msgspec has no bounds beyond 63 bits: `decode` checks the upper one."""
 Mode = Annotated[int, msgspec.Meta(ge=0, le=0o7777)]
 Style = Literal["secret", "text", "info", "error"]
 Mechanism = Literal["pam", "peer"]
@@ -192,7 +193,8 @@ REQUEST_TYPES: dict[int, type[Message]] = {
 """Type of each JSON request's body. Call, flush and ping have bodies of their own."""
 
 _encoder = msgspec.json.Encoder()
-_decoders: dict[type[Message], msgspec.json.Decoder[Message]] = {}
+_decoders: dict[type[Message], tuple[msgspec.json.Decoder[Message], list[str]]] = {}
+"""Decoder of each type, and its fields of type U64."""
 
 
 def encode(message: Message) -> bytes:
@@ -206,13 +208,18 @@ def decode(kind: type[M], body: bytes, seq: int = 0) -> M:
     kind: the type wanted. seq: of the frame, for the error.
     Raises ProtocolError (EBADMSG) with the place of the fault.
     """
-    decoder = _decoders.get(kind)
-    if decoder is None:
-        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    if kind not in _decoders:
+        wide = [name for name, hint in kind.__annotations__.items() if hint is U64]
+        _decoders[kind] = msgspec.json.Decoder(kind), wide
+    decoder, wide = _decoders[kind]
     try:
-        return decoder.decode(body)  # type: ignore[return-value]
+        message = decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as fault:
         raise ProtocolError(EBADMSG, f"{kind.__name__.lower()}: {fault}"[:ERROR_MESSAGE_MAX], seq) from None
+    for name in wide:
+        if getattr(message, name) >> 64:
+            raise ProtocolError(EBADMSG, f"{kind.__name__.lower()}: {name} has over 64 bits", seq)
+    return message  # type: ignore[return-value]
 
 
 def error_body(errno: int, message: str = "") -> bytes:

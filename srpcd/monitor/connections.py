@@ -1,0 +1,201 @@
+"""Listening sockets and the connections that came in by them.
+
+The monitor accepts, so who is at the other end of a connection is its own knowledge. It keeps a duplicate of each
+socket, from which it never reads, only to see when the connection is over: a hang-up of the peer, or the gate's shutdown.
+"""
+
+import array
+import asyncio
+import contextlib
+import ipaddress
+import os
+import select
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from srpcd.config import Limits
+from srpcd.monitor.launch import Identity
+
+if TYPE_CHECKING:
+    from srpcd.monitor.authentication import Afid
+    from srpcd.monitor.children import Gate, Session, Worker
+    from srpcd.monitor.lines import Announcement, Endpoint
+
+SO_PEERGROUPS, SO_PASSRIGHTS = 59, 83
+_ACCEPTS = 32
+"""Connections taken in one round, so that a flood of them leaves the monitor time for everything else."""
+
+
+class Peer(NamedTuple):
+    """Who is at the other end. name: for people. host: for PAM, empty on the local socket. origin: what limits count by,
+    an address (IPv6: a /64) or a uid. identity: of the process, as the kernel says; None over the network."""
+
+    name: str
+    host: str
+    origin: str
+    identity: Identity | None
+
+
+class Connection:
+    """One connection. number: of its gate. duplicate: the monitor's own descriptor of the socket."""
+
+    def __init__(self, gate: "Gate", number: int, peer: Peer, duplicate: socket.socket, place: "Place") -> None:
+        self.gate = gate
+        self.number = number
+        self.peer, self.host, self.origin, self.identity = peer
+        self.duplicate = duplicate
+        self.place = place
+        self.authenticating = False
+        self.failures = 0
+        self.pending = 0
+        self.over = False
+        self.afids: dict[int, Afid] = {}
+        self.sessions: dict[int, Session] = {}
+        self.workers: set[Worker] = set()
+        self.announcements: dict[int, tuple[Endpoint[Worker], Announcement]] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+
+
+class HangUps:
+    """Tells which connections are over, without ever reading from one."""
+
+    def __init__(self, over: Callable[[Connection], None]) -> None:
+        self._epoll = select.epoll()
+        self._connections: dict[int, Connection] = {}
+        self._over = over
+        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
+
+    def add(self, connection: Connection) -> None:
+        """Watch a connection."""
+        fd = connection.duplicate.fileno()
+        self._connections[fd] = connection
+        self._epoll.register(fd, select.EPOLLRDHUP)  # and what is always told: EPOLLHUP, EPOLLERR; no EPOLLIN
+
+    def remove(self, connection: Connection) -> None:
+        """Watch it no longer, and close the duplicate, after making sure that the peer and the gate see the end too."""
+        fd = connection.duplicate.fileno()
+        del self._connections[fd]
+        self._epoll.unregister(fd)
+        with contextlib.suppress(OSError):
+            connection.duplicate.shutdown(socket.SHUT_RDWR)
+        connection.duplicate.close()
+
+    def _look(self) -> None:
+        for fd, _events in self._epoll.poll(0):
+            connection = self._connections.get(fd)
+            if connection is not None:
+                self._over(connection)
+
+    def close(self) -> None:
+        """Stop watching."""
+        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+
+class Counts:
+    """How many connections there are, in all and by origin; and how many of strangers."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.connections: Counter[str] = Counter()
+        self.strangers: Counter[str] = Counter()
+
+    def refusal(self, origin: str) -> str:
+        """Which limit one more connection from `origin` would break; empty if none."""
+        limits = self.limits
+        for name, found, limit in (
+            ("connections", self.connections.total(), limits.connections),
+            ("connections_per_address", self.connections[origin], limits.connections_per_address),
+            ("strangers", self.strangers.total(), limits.strangers),
+            ("strangers_per_address", self.strangers[origin], limits.strangers_per_address),
+        ):
+            if found >= limit:
+                return name
+        return ""
+
+
+class Place:
+    """What one connection takes of the limits, from its accept to its end: first a stranger's place."""
+
+    def __init__(self, counts: Counts, origin: str) -> None:
+        self._counts = counts
+        self._origin = origin
+        self._stranger = True
+        counts.connections[origin] += 1
+        counts.strangers[origin] += 1
+
+    def known(self) -> None:
+        """Somebody has authenticated."""
+        if self._stranger:
+            self._stranger = False
+            self._take_off(self._counts.strangers)
+
+    def leave(self) -> None:
+        """The connection is over. To be called once."""
+        self.known()
+        self._take_off(self._counts.connections)
+
+    def _take_off(self, counter: "Counter[str]") -> None:
+        counter[self._origin] -= 1
+        if not counter[self._origin]:
+            del counter[self._origin]
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind((host, port))
+    sock.listen(1024)
+    return sock
+
+
+def listen_local(path: str, personal: bool) -> socket.socket:
+    """The listening Unix socket: everybody may connect, and the kernel says who it is. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    with contextlib.suppress(OSError):  # Linux 6.16: nobody can send descriptors to the gate, which would have to close them
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    sock.bind(path)
+    os.chmod(path, 0o600 if personal else 0o666)
+    sock.listen(1024)
+    return sock
+
+
+def accept(listener: socket.socket, room: int) -> list[tuple[socket.socket, Peer]]:
+    """Up to `room` new connections. Raises OSError when out of descriptors."""
+    accepted: list[tuple[socket.socket, Peer]] = []
+    while len(accepted) < min(room, _ACCEPTS):
+        try:
+            sock, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            break
+        try:
+            accepted.append((sock, _local_peer(sock) if sock.family == socket.AF_UNIX else _network_peer(sock, address)))
+        except OSError:  # gone again already, or more groups than can be asked for
+            sock.close()
+    return accepted
+
+
+def _network_peer(sock: socket.socket, address: tuple[str, int]) -> Peer:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    host = ipaddress.ip_address(address[0].partition("%")[0])
+    if host.version == 4:
+        return Peer(f"{host}:{address[1]}", str(host), str(host), None)
+    return Peer(f"[{host}]:{address[1]}", str(host), str(ipaddress.ip_network((host, 64), strict=False)), None)
+
+
+def _local_peer(sock: socket.socket) -> Peer:
+    """By the kernel: uid, gid, and the groups that the process had when it connected (unix(7))."""
+    _pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    groups = array.array("I")
+    groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024))
+    return Peer(f"uid:{uid}", "", f"uid:{uid}", Identity(uid, gid, tuple(sorted(set(groups) | {gid}))))

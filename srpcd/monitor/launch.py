@@ -1,0 +1,251 @@
+"""Start other processes: fork, drop everything, exec a fresh interpreter; and forks that stay, for a moment.
+
+The order of the steps in `_become` is the substance of this file. A step that fails ends the child, before the exec:
+nothing is logged and passed. The other half, the proof, is `srpcd.confine` in the new program.
+"""
+
+import ctypes
+import fcntl
+import os
+import platform
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from errno import ENOSYS
+from typing import NamedTuple, NoReturn
+
+from srpcd import confine, ipc
+
+CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE = 5, 6, 7, 8, 29
+KEPT = (CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE)
+"""What the monitor keeps: to end workers, to become users, to empty their bounding sets, to let PAM write its records."""
+
+GATE_LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 16384}
+WORKER_LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 4096}
+"""What setrlimit(2) is told for gates and workers. (RLIMIT_NPROC 0 would make the exec fail: a gate sets it itself.)"""
+
+PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 23, 24, 47, 4
+_SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311, "ppc64le": 271, "s390x": 280}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Program(NamedTuple):
+    """What to exec for a role: interpreter, flags and script; behind the arguments, directories with its libraries."""
+
+    command: tuple[str, ...]
+    libraries: tuple[str, ...] = ()
+
+
+Table = dict[str, Program]
+"""By role: "gate", "worker", "authenticate". Tests put others in."""
+
+
+class Identity(NamedTuple):
+    """Who a process is. groups: the supplementary ones, sorted."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+class Drop(NamedTuple):
+    """What a child becomes. identity: None stays who it is (personal mode; the authentication child)."""
+
+    identity: Identity | None
+    limits: dict[int, int]
+
+
+def launch_table(code: str, libraries: list[str]) -> Table:
+    """The real programs. code: directory that holds `srpcd`. libraries: directories of OpenSSL, msgspec, pam."""
+    python = os.path.realpath(sys.executable)
+
+    def command(*place: str) -> tuple[str, ...]:
+        return (python, "-I", "-S", os.path.join(code, "srpcd", *place))
+
+    return {
+        "gate": Program(command("gate", "__main__.py"), tuple(libraries)),
+        "worker": Program(command("worker", "__main__.py")),
+        "authenticate": Program(command("monitor", "pamchild.py"), tuple(libraries)),
+    }
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"{what}: {os.strerror(errno)}")
+
+
+def _empty_bounding_set(kept: tuple[int, ...] = ()) -> None:
+    for capability in range(64):
+        if capability not in kept and _libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0) == 1:
+            confine.prctl(PR_CAPBSET_DROP, capability)
+
+
+def keep_capabilities(kept: tuple[int, ...] = KEPT) -> None:
+    """Reduce this process to `kept` in permitted, effective and bounding set, nothing in the others. Raises OSError."""
+    confine.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    _empty_bounding_set(kept)
+    low = sum(1 << each for each in kept)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)(low, low, 0, 0, 0, 0)  # effective, permitted, inheritable: low words, then high ones
+    _check(_libc.capset(header, data), "capset")
+
+
+def _become(drop: Drop, parent: int) -> None:
+    """Become what `drop` says, in the child of process `parent`. The order is that of the design, and has its reasons."""
+    os.setsid()  # no terminal; and the monitor finds what a dead worker left behind by its session
+    number = _SYS_KEYCTL.get(platform.machine())
+    if number is not None:
+        joined = _libc.syscall(ctypes.c_long(number), _KEYCTL_JOIN_SESSION_KEYRING, None)
+        if joined < 0 and ctypes.get_errno() != ENOSYS:  # a kernel without keyrings has no keys to inherit either
+            _check(joined, "keyctl")
+    for limit, value in drop.limits.items():
+        resource.setrlimit(limit, (value, value))
+    os.chdir("/")
+    os.umask(0o077)
+    if drop.identity is not None:
+        uid, gid, groups = drop.identity
+        if uid == 0:
+            raise PermissionError("nothing is ever started as uid 0 by a drop")
+        confine.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+        _empty_bounding_set()  # takes CAP_SETPCAP, so it comes before the uid goes
+        os.setgroups(groups)  # groups and gid take CAP_SETGID, so before the uid goes too
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)  # from 0 to another uid: the kernel empties permitted, effective and ambient
+    confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)  # after setresuid, which clears it
+    if os.getppid() != parent:  # the monitor died before the line above
+        raise ProcessLookupError("the monitor is gone")
+    confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _fork(work: Callable[[], None]) -> tuple[int, int]:
+    """Fork. The child runs `work` and never comes back. Returns (pid, pidfd)."""
+    # A signal between fork and reset would be written into the parent's wake-up socket, which the child shares.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _child(work)
+        return pid, os.pidfd_open(pid)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _child(work: Callable[[], None]) -> NoReturn:
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        work()
+        os._exit(0)
+    except BaseException:
+        os.write(2, traceback.format_exc(limit=4).encode(errors="replace"))
+    finally:
+        os._exit(127)
+
+
+def _keep_only(fds: list[int], inheritable: bool) -> None:
+    """Give `fds` the numbers 0, 1, 2 … and close everything else."""
+    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds)) for fd in fds]  # out of the way of the numbers wanted
+    for number, fd in enumerate(above):
+        os.dup2(fd, number, inheritable)
+    os.closerange(len(fds), resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+
+
+class Spawned(NamedTuple):
+    """A started program. socket: to hand messages and descriptors out; requests: its packets; errors: its stderr."""
+
+    pid: int
+    pidfd: int
+    socket: socket.socket
+    requests: int
+    errors: int
+
+
+def spawn(argv: tuple[str, ...], drop: Drop) -> Spawned:
+    """Start a program, confined. It finds `socket` at 3, its end of `requests` at 4 (see `srpcd.ipc`). Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.shutdown(socket.SHUT_RD)  # whatever is sent to us fails at the sender: no descriptor reaches this process
+    requests, request_end = ipc.packet_pipe()
+    errors, error_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    parent = os.getpid()
+
+    def work() -> None:
+        os.dup2(error_end, 2)  # from here on a failure is told there, and not on the daemon's own standard error
+        _keep_only([null, null, error_end, theirs.fileno(), request_end], inheritable=True)
+        os.set_blocking(2, True)
+        _become(drop, parent)
+        os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"})
+
+    try:
+        pid, pidfd = _fork(work)
+    except OSError:
+        ours.close()
+        ipc.close_all((requests, errors))
+        raise
+    finally:
+        theirs.close()
+        ipc.close_all((request_end, error_end, null))
+    return Spawned(pid, pidfd, ours, requests, errors)
+
+
+def plain_pipe() -> tuple[int, int]:
+    """A pipe (read end, write end) between gate and worker."""
+    return os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def run_forked(work: Callable[[socket.socket], None], drop: Drop) -> tuple[int, int, socket.socket]:
+    """Run our own code in a fork without an exec, as somebody else. Returns (pid, pidfd, our end of a socket).
+
+    work: given the child's end of the socket; all other descriptors are closed, standard error too.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    parent = os.getpid()
+
+    def child() -> None:
+        _keep_only([null, null, null, theirs.fileno()], inheritable=False)
+        confine.make_undumpable()
+        _become(drop, parent)
+        work(socket.socket(fileno=os.dup(3)))
+
+    try:
+        pid, pidfd = _fork(child)
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        os.close(null)
+    return pid, pidfd, ours
+
+
+def sweep_session(session: int) -> None:
+    """Kill what a worker that died left running: all processes of its session.
+
+    The number can't have been given to somebody else meanwhile: the kernel keeps it for as long as it names a session.
+    """
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            pidfd = os.pidfd_open(int(name))
+        except OSError:
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:  # read after the pidfd: it is this process or none
+                fields = file.read().rpartition(b")")[2].split()
+            if int(fields[3]) == session and fields[0] != b"Z":
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except (OSError, IndexError):
+            pass
+        finally:
+            os.close(pidfd)

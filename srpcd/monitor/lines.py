@@ -1,0 +1,220 @@
+"""The register of service endpoints, and the lines between workers and services.
+
+An endpoint is an inode, pinned by an O_PATH descriptor from the probe that found it. It has servers (announcements) and
+callers (workers that a probe has passed); each pair of these has one line: two named pipes, `recv` and `send`, in
+LINES/<service uid>/<line id>/, owned by root, that only the service's uid may enter and open. The names are gone as soon
+as the service has opened both. What a worker or gate says has no influence on whom the service is told that it serves.
+"""
+
+import ctypes
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from errno import ENODATA, EOPNOTSUPP
+from itertools import count
+from typing import Generic, TypeVar
+
+from srpcd import ipc
+from srpcd.wire import frames
+
+W = TypeVar("W")  # a worker, whatever that is to the monitor
+IN_OPEN, IN_NONBLOCK, IN_CLOEXEC = 0x20, 0o4000, 0o2000000
+_EVENT = struct.Struct("iIII")
+_ACL = struct.Struct("<HHI")
+_USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NOBODY = 1, 2, 4, 16, 32, 0xFFFFFFFF
+_ATTRIBUTES = ("system.posix_acl_access", "security.selinux")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _access_list(uid: int, permission: int, owner: int) -> bytes:
+    """A POSIX ACL (acl(5)) that gives `permission` to one user besides the owner, and nothing to anybody else."""
+    entries = (
+        (_USER_OBJ, owner, _NOBODY),
+        (_USER, permission, uid),
+        (_GROUP_OBJ, 0, _NOBODY),
+        (_MASK, permission, _NOBODY),
+        (_OTHER, 0, _NOBODY),
+    )
+    return struct.pack("<I", 2) + b"".join(_ACL.pack(*entry) for entry in entries)
+
+
+class Announcement:
+    """One server of an endpoint. uid: of the service, which alone can open its lines. tell: of a new line, to it."""
+
+    def __init__(self, number: int, uid: int, tell: Callable[[int], None]) -> None:
+        self.number = number
+        self.uid = uid
+        self.tell = tell
+
+
+class Endpoint(Generic[W]):
+    """A pinned inode with its servers and callers. chain: O_PATH descriptors, tree root first, the pipe last."""
+
+    def __init__(self, path: str, chain: list[int]) -> None:
+        self.path = path
+        self.servers: list[Announcement] = []
+        self.callers: dict[W, str] = {}  # with the path by which each has proved that it may
+        self.joined: set[tuple[int, W]] = set()  # (announcement, worker) with a line
+        self.chain: list[int] = []
+        self.renew(chain)
+
+    def renew(self, chain: list[int]) -> None:
+        """Take another probe's descriptors in the place of those there are."""
+        ipc.close_all(self.chain)
+        self.chain = chain
+        self.seen = self.attributes()
+
+    def attributes(self) -> list[object]:
+        """What decides about access, of the endpoint and all directories above it."""
+        return [_attributes(fd) for fd in self.chain]
+
+
+def _attributes(fd: int) -> object:
+    found = os.fstat(fd)
+    extended = []
+    for name in _ATTRIBUTES:
+        try:
+            extended.append(os.getxattr(f"/proc/self/fd/{fd}", name))
+        except OSError as fault:
+            if fault.errno not in (ENODATA, EOPNOTSUPP):
+                raise
+            extended.append(b"")
+    return (found.st_mode, found.st_uid, found.st_gid, found.st_nlink > 0, extended)
+
+
+class Line(Generic[W]):
+    """One line. recv: the monitor's own hold on `recv` until the service has opened both ends, else None."""
+
+    def __init__(self, endpoint: Endpoint[W], server: Announcement, worker: W, directory: str, recv: int) -> None:
+        self.endpoint = endpoint
+        self.server = server
+        self.worker = worker
+        self.directory = directory
+        self.recv: int | None = recv
+        self.unopened = {"recv", "send"}
+
+
+class Register(Generic[W]):
+    """All endpoints, announcements and lines. One instance, of the monitor.
+
+    directory: LINES. own: the monitor's uid (a service of that uid, in personal mode, owns its pipes anyway).
+    """
+
+    def __init__(self, directory: str, own: int) -> None:
+        self._directory = directory
+        self._own = own
+        self._numbers = count(1)
+        self._watches: dict[int, tuple[int, str]] = {}
+        self.endpoints: dict[tuple[int, int], Endpoint[W]] = {}
+        self.lines: dict[int, Line[W]] = {}
+        shutil.rmtree(directory, ignore_errors=True)  # what a crash left behind
+        os.mkdir(directory, 0o711)
+        self.inotify: int = _libc.inotify_init1(IN_NONBLOCK | IN_CLOEXEC)
+        if self.inotify < 0:
+            raise OSError(ctypes.get_errno(), "inotify_init1")
+
+    def endpoint(self, path: str, chain: list[int]) -> Endpoint[W]:
+        """The endpoint of a probe's descriptors, which belong to the register from here on."""
+        inode = os.fstat(chain[-1])
+        key = (inode.st_dev, inode.st_ino)
+        found = self.endpoints.get(key)
+        if found is None:
+            found = self.endpoints[key] = Endpoint(path, chain)
+        else:
+            found.path = path
+            found.renew(chain)
+        return found
+
+    def release(self, endpoint: Endpoint[W]) -> None:
+        """Forget an endpoint that has neither servers nor callers."""
+        if not endpoint.servers and not endpoint.callers and endpoint.chain:
+            inode = os.fstat(endpoint.chain[-1])
+            self.endpoints.pop((inode.st_dev, inode.st_ino), None)
+            ipc.close_all(endpoint.chain)
+            endpoint.chain = []
+
+    def missing(self, endpoint: Endpoint[W], worker: W) -> Iterable[Announcement]:
+        """The servers of an endpoint to which a worker has no line."""
+        return [server for server in endpoint.servers if (server.number, worker) not in endpoint.joined]
+
+    def make_line(
+        self, endpoint: Endpoint[W], server: Announcement, worker: W, caller: tuple[int, int, tuple[int, ...], str]
+    ) -> tuple[int, int, int]:
+        """Make a line. caller: uid, gid, groups, user name, as the service is to be told.
+
+        Returns (line id, write end of recv, read end of send): the worker's, to be passed on and closed. Raises OSError.
+        """
+        number = next(self._numbers)
+        parent = os.path.join(self._directory, str(server.uid))
+        directory = os.path.join(parent, str(number))
+        with suppress(FileExistsError):
+            os.mkdir(parent, 0o711)
+        recv, send = os.path.join(directory, "recv"), os.path.join(directory, "send")
+        opened: list[int] = []
+        try:
+            os.mkdir(directory, 0o700)
+            os.mkfifo(recv, 0o600)
+            os.mkfifo(send, 0o600)
+            opened.append(os.open(recv, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+            opened.append(os.open(recv, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            opened.append(os.open(send, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            uid, gid, groups, user = caller
+            os.write(opened[0], frames.caller_frame(uid, gid, groups, user, "", "/" + endpoint.path))
+            for path, name in ((recv, "recv"), (send, "send")):  # after our own opens, which are not to be seen
+                watch: int = _libc.inotify_add_watch(self.inotify, os.fsencode(path), IN_OPEN)
+                if watch < 0:
+                    raise OSError(ctypes.get_errno(), "inotify_add_watch")
+                self._watches[watch] = (number, name)
+            if server.uid != self._own:
+                os.setxattr(recv, "system.posix_acl_access", _access_list(server.uid, 4, 6))
+                os.setxattr(send, "system.posix_acl_access", _access_list(server.uid, 2, 6))
+                os.setxattr(directory, "system.posix_acl_access", _access_list(server.uid, 1, 7))  # last: now it opens
+        except OSError:
+            ipc.close_all(opened)
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        self.lines[number] = Line(endpoint, server, worker, directory, opened[0])
+        endpoint.joined.add((server.number, worker))
+        return number, opened[1], opened[2]
+
+    def opened(self) -> None:
+        """Handle what inotify has to say: a service has opened an end. With both open the names go."""
+        with suppress(BlockingIOError):
+            data = os.read(self.inotify, 64 * 1024)
+            for at in range(0, len(data), _EVENT.size):  # watches on files: events carry no names
+                watch, mask, _cookie, _length = _EVENT.unpack_from(data, at)
+                number, name = self._watches.get(watch, (0, ""))
+                line = self.lines.get(number)
+                if not mask & IN_OPEN:
+                    self._watches.pop(watch, None)
+                elif line is not None:
+                    line.unopened.discard(name)
+                    if not line.unopened:
+                        self._remove_names(line)
+
+    def _remove_names(self, line: Line[W]) -> None:
+        if line.recv is not None:
+            os.close(line.recv)
+            line.recv = None
+            shutil.rmtree(line.directory, ignore_errors=True)
+
+    def end_line(self, number: int) -> Line[W] | None:
+        """Forget a line and remove what is left of it on disk; the worker's ends are the worker's to close."""
+        line = self.lines.pop(number, None)
+        if line is not None:
+            line.endpoint.joined.discard((line.server.number, line.worker))
+            self._remove_names(line)
+        return line
+
+    def close(self) -> None:
+        """Remove everything."""
+        for number in list(self.lines):
+            self.end_line(number)
+        for endpoint in self.endpoints.values():
+            ipc.close_all(endpoint.chain)
+            endpoint.chain = []
+        self.endpoints.clear()
+        os.close(self.inotify)
+        shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,0 +1,561 @@
+"""The monitor: what is done about each request of the table in `requests`.
+
+A connection belongs to one gate. What was authenticated on it (afids), the sessions that were attached with that, and its
+announcements end with it. A worker belongs to an identity and is shared by all sessions of it. Whatever takes time (PAM,
+NSS, a probe, a new process) is a task of the connection or worker that asked, and ends with it.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from errno import EACCES, EAGAIN, ECONNRESET, EKEYEXPIRED, EOPNOTSUPP, EPERM, ETIMEDOUT
+from itertools import count
+from typing import Any
+
+from srpcd import ipc
+from srpcd.config import Config
+from srpcd.log import Log
+from srpcd.monitor import accounts, authentication, launch
+from srpcd.monitor.authentication import Afid, PamChild
+from srpcd.monitor.children import Child, Gate, Session, Worker
+from srpcd.monitor.connections import Connection, HangUps
+from srpcd.monitor.launch import Drop, Identity
+from srpcd.monitor.lines import Announcement, Endpoint, Register
+from srpcd.monitor.probe import Proof, probe
+from srpcd.monitor.requests import State, Violation, permitted, plain_path
+
+START_SECONDS = 10.0
+"""How long a new process may take to prove that it is confined."""
+AFIDS, ANNOUNCEMENTS, PENDING, FAILURES = 64, 256, 16, 6
+"""Of one connection: afids, announcements, requests being decided, failed authentications that end it."""
+PROBING = 64
+"""Endpoints of one worker that are being probed."""
+
+
+class Denied(Exception):
+    """A request is not granted: errno and a sentence (empty: the usual one)."""
+
+    def __init__(self, errno: int, message: str = "") -> None:
+        super().__init__(errno, message)
+        self.errno = errno
+        self.message = message
+
+
+class Monitor:
+    """Handlers of all requests. Gates are started, and connections accepted, by `srpcd.monitor.service`.
+
+    own: who the daemon is itself; personal: it serves that user alone, and nothing is dropped. table: what to exec.
+    gate_uid: of the gates. lines: directory of the lines.
+    """
+
+    def __init__(self, config: Config, log: Log, table: launch.Table, own: Identity, gate_uid: int, personal: bool):
+        self.config = config
+        self.log = log
+        self.table = table
+        self.own = own
+        self.personal = personal
+        self.daemon_uids = frozenset() if personal else frozenset({own.uid, gate_uid})
+        self.register: Register[Worker] = Register(os.path.join(config.paths.runtime, "lines"), own.uid)
+        self.workers: dict[Identity, Worker] = {}
+        self.children: set[Child] = set()
+        self._numbers = count(1)
+        self.hang_ups = HangUps(self.connection_over)
+        self._slots = authentication.Slots()
+        self._failures = authentication.Failures()
+        asyncio.get_running_loop().add_reader(self.register.inotify, self.register.opened)
+
+    # --- children ------------------------------------------------------------------------------------------------------
+
+    def handle(self, child: Child, message: ipc.Message) -> None:
+        """A request has come. Raises Violation."""
+        getattr(self, permitted(message, child.role, child.state, child.local))(child, message)
+
+    def start(self, kind: type[Child], name: str, drop: Drop, *arguments: str) -> Any:
+        """Start a program of the launch table, as what the monitor calls `kind`. Raises OSError."""
+        program = self.table[kind.role]
+        spawned = launch.spawn((*program.command, *arguments, *program.libraries), drop)
+        child = kind(spawned, name, self.log, self.handle)
+        self.children.add(child)
+        child.gone.add_done_callback(lambda _: self.children.discard(child))
+        return child
+
+    def drop(self, identity: Identity, limits: dict[int, int] | None = None) -> Drop:
+        """How to become somebody; in personal mode everybody is the daemon's own user already."""
+        return Drop(None if self.personal else identity, limits or {})
+
+    def ready(self, gate: Gate, _message: ipc.Ready) -> None:
+        gate.serving()
+
+    def proved(self, worker: Worker, _message: ipc.Proved) -> None:
+        worker.serving()
+
+    # --- connections ---------------------------------------------------------------------------------------------------
+
+    def connection(self, gate: Gate, number: int) -> Connection | None:
+        """The gate's connection; None if it is over, which the gate may not know yet. Raises Violation for any other."""
+        if not 0 < number <= gate.last:
+            raise Violation(f"connection {number} was never handed out to it")
+        return gate.connections.get(number)
+
+    def run(self, connection: Connection, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Do something that takes time, on behalf of a connection and not longer than it."""
+        task = asyncio.get_running_loop().create_task(work)
+        connection.tasks.add(task)
+
+        def done(task: "asyncio.Task[None]") -> None:
+            connection.tasks.discard(task)
+            if not task.cancelled() and task.exception() is not None:  # a fault of ours: nobody gains by causing it
+                self.log.event("error", "warning", text=f"the monitor failed: {task.exception()!r}", peer=connection.peer)
+                self.connection_over(connection)
+
+        task.add_done_callback(done)
+        return task
+
+    def connection_over(self, connection: Connection) -> None:
+        """Everything that belongs to the connection ends; workers that nobody else uses, after their idle time."""
+        if connection.over:
+            return
+        connection.over = True
+        connection.gate.connections.pop(connection.number, None)
+        for task in list(connection.tasks):
+            task.cancel()
+        for number in list(connection.announcements):
+            self._withdraw(connection, number)
+        for worker in connection.workers:
+            worker.connections.discard(connection)
+            if not worker.connections:
+                self._idle(worker)
+        connection.place.leave()
+        self.hang_ups.remove(connection)
+        self.log.event("debug", "connection", state="over", conn=connection.number, peer=connection.peer)
+
+    def taken(self, gate: Gate, message: ipc.Taken) -> None:
+        self.connection(gate, message.conn)
+        gate.untaken.discard(message.conn)
+        gate.room()
+
+    def refusal(self, gate: Gate, message: ipc.Refusal) -> None:
+        connection = self.connection(gate, message.conn)
+        session = connection.sessions.get(message.session) if connection else None
+        if connection and session and gate.may_log():
+            self.log.event(
+                "info", "refused", operation=message.operation, conn=connection.number, peer=connection.peer,
+                user=session.user, endpoint="/" + message.path, errno=message.errno,
+            )  # fmt: skip
+
+    # --- authentication ------------------------------------------------------------------------------------------------
+
+    def authenticate(self, gate: Gate, message: ipc.Authenticate) -> None:
+        connection = self.connection(gate, message.conn)
+        if connection is None:
+            return
+        if message.afid in connection.afids or message.mechanism not in ("pam", "peer"):
+            raise Violation("an afid twice, or a mechanism that there is none of")
+        if len(connection.afids) >= AFIDS or connection.authenticating:
+            text = "one authentication at a time on a connection, and a bounded number of afids"
+            gate.send(ipc.Verdict(message.conn, message.afid, EAGAIN, text))
+            return
+        afid = connection.afids[message.afid] = Afid(message.uname, plain_path(message.aname))
+        connection.authenticating = True
+        afid.task = self.run(connection, self._authenticate(connection, afid, message))
+
+    async def _authenticate(self, connection: Connection, afid: Afid, message: ipc.Authenticate) -> None:
+        user, by_password = afid.uname, message.mechanism == "pam"
+        errno, told, reason = *authentication.REFUSED, ""
+        try:
+            if by_password:
+                await asyncio.sleep(self._failures.wait(user, connection.origin))
+            elif connection.identity is None:
+                raise Denied(EOPNOTSUPP, "the mechanism peer is for the local socket")
+            outcome = await self._converse(connection, message)
+            reason = outcome.reason
+            if not outcome.errno:
+                reason = self._policy(await accounts.look_up(user), connection, message.mechanism)
+                errno, told = (EACCES, told) if reason else (0, "")
+            if by_password:
+                self._failures.record(user, connection.origin, errno == 0)
+                connection.failures = connection.failures + 1 if errno else 0
+                if errno:
+                    answered = outcome.answered / 1e9 or time.monotonic()
+                    step = self.config.authentication.refusal
+                    await asyncio.sleep(authentication.deadline(answered, step) - time.monotonic())
+        except Denied as denied:
+            errno, told, reason = denied.errno, denied.message, denied.message
+        finally:
+            connection.authenticating = False
+        if errno:
+            connection.afids.pop(message.afid, None)
+        else:
+            afid.expires = time.monotonic() + self.config.authentication.afid_age
+            connection.place.known()
+        self.log.event(
+            "warning" if errno else "info", "authentication", outcome="refused" if errno else "accepted",
+            conn=connection.number, peer=connection.peer, user=user, mechanism=message.mechanism,
+            aname="/" + afid.aname, errno=errno or None, reason=reason or None,
+        )  # fmt: skip
+        connection.gate.send(ipc.Verdict(connection.number, message.afid, errno, told))
+        if connection.failures >= FAILURES:
+            self.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
+            self.connection_over(connection)
+
+    def _policy(self, account: accounts.Account | None, connection: Connection, mechanism: str) -> str:
+        settings = self.config.authentication
+        reason = authentication.policy(account, settings, self.daemon_uids, connection.identity is None)
+        if account is None or reason:
+            return reason or "no such account"
+        if mechanism == "peer" and (connection.identity is None or account.identity.uid != connection.identity.uid):
+            return "the kernel says that somebody else is there"
+        if self.personal and account.identity.uid != self.own.uid:
+            return "this daemon serves the user who started it, and nobody else"
+        return ""
+
+    async def _converse(self, connection: Connection, message: ipc.Authenticate) -> ipc.Outcome:
+        """Let a child authenticate. Raises Denied: EAGAIN, ETIMEDOUT."""
+        seconds, child = self.config.authentication.timeout, None
+        try:
+            async with self._slots.place(connection.origin, seconds):
+                child = self.start(PamChild, message.uname, Drop(None, {}))
+                self._introduce(connection, message, child)
+                await asyncio.wait_for(asyncio.shield(child.gone), seconds)
+                return child.result or ipc.Outcome(EACCES, "the authentication child died", 0)
+        except TimeoutError:
+            errno = ETIMEDOUT if child else EAGAIN
+            raise Denied(errno, "authentication was not finished in time, or too many are under way") from None
+        except OSError as fault:
+            raise Denied(EAGAIN, f"no authentication at the moment: {fault.strerror}") from None
+        finally:
+            if child is not None:
+                child.kill("")
+
+    def _introduce(self, connection: Connection, message: ipc.Authenticate, child: PamChild) -> None:
+        """Tell the child whom to authenticate, and let it and the gate talk to each other."""
+        uid = connection.identity.uid if connection.identity else 0
+        service = self.config.authentication.pam_service
+        (answers, to_child), (prompts, from_child) = ipc.packet_pipe(), ipc.packet_pipe()
+        child.send(ipc.AuthSetup(message.mechanism, service, message.uname, uid, connection.host), (answers, from_child))
+        connection.gate.send(ipc.Conversation(connection.number, message.afid), (prompts, to_child))
+        ipc.close_all((answers, to_child, prompts, from_child))
+
+    def outcome(self, child: PamChild, message: ipc.Outcome) -> None:
+        child.result = message
+        child.release()
+
+    def forget_afid(self, gate: Gate, message: ipc.ForgetAfid) -> None:
+        connection = self.connection(gate, message.conn)
+        afid = connection.afids.pop(message.afid, None) if connection else None
+        if connection and afid and afid.task and not afid.task.done():
+            afid.task.cancel()
+            connection.authenticating = False
+
+    # --- sessions and workers ------------------------------------------------------------------------------------------
+
+    def attach(self, gate: Gate, message: ipc.Attach) -> None:
+        connection = self.connection(gate, message.conn)
+        if connection is None:
+            return
+        afid, aname = connection.afids.get(message.afid), plain_path(message.aname)
+        if afid is None or not afid.allows(message.uname, aname):
+            text = "the afid is not accepted, too old, or not for this user and this part of the tree"
+            gate.send(ipc.Refused(message.conn, message.request, EACCES, text))
+        else:
+            expires = time.monotonic() + self.config.authentication.session_age
+            self._grant(connection, message.request, afid.uname, aname, next(self._numbers), expires)
+
+    def resume(self, gate: Gate, message: ipc.Resume) -> None:
+        connection = self.connection(gate, message.conn)
+        session = connection.sessions.get(message.session) if connection else None
+        if connection is None:
+            return
+        if session is None or session.expires < time.monotonic():
+            connection.sessions.pop(message.session, None)
+            gate.send(ipc.Refused(message.conn, message.request, EKEYEXPIRED, ""))
+        else:
+            self._grant(connection, message.request, session.user, "", message.session, session.expires)
+
+    def _grant(self, connection: Connection, request: int, user: str, aname: str, number: int, expires: float) -> None:
+        async def grant() -> None:
+            gate, errno, text = connection.gate, 0, ""
+            try:
+                worker = await self._worker(connection, user)
+                connection.workers.add(worker)
+                worker.connections.add(connection)
+                connection.sessions[number] = Session(user, worker, expires)
+                self._link(gate, worker, ipc.Attached(connection.number, request, number, worker.number))
+            except Denied as denied:
+                errno, text = denied.errno, denied.message
+                gate.send(ipc.Refused(connection.number, request, errno, text))
+            finally:
+                connection.pending -= 1
+            self.log.event(
+                "info", "attach", outcome="refused" if errno else "granted", conn=connection.number, peer=connection.peer,
+                user=user, aname="/" + aname, errno=errno or None, reason=text or None,
+            )  # fmt: skip
+
+        connection.pending += 1
+        if connection.pending > PENDING:
+            connection.pending -= 1
+            connection.gate.send(ipc.Refused(connection.number, request, EAGAIN, "too many requests at once"))
+        else:
+            self.run(connection, grant())
+
+    async def _worker(self, connection: Connection, user: str) -> Worker:
+        """The worker of a user as he is now, started if there is none. Raises Denied."""
+        account = await accounts.look_up(user)
+        reason = self._policy(account, connection, "")
+        if account is None or reason:
+            raise Denied(EACCES, reason)
+        if self.personal:  # what the process has may be more or less than what the account would get today
+            account = account._replace(identity=self.own)
+        worker = self.workers.get(account.identity)
+        if worker is None or worker.state is State.DONE:
+            worker = self._start_worker(account)
+        try:
+            proved = await asyncio.wait_for(asyncio.shield(worker.proved), START_SECONDS)
+        except TimeoutError:
+            worker.kill("did not start in time")
+            proved = False
+        if not proved:
+            raise Denied(ECONNRESET, "the worker could not be started: the daemon's log says why")
+        return worker
+
+    def _start_worker(self, account: accounts.Account) -> Worker:
+        limits, paths = self.config.limits, self.config.paths
+        if len(self.workers) >= limits.workers:
+            raise Denied(EAGAIN, "the daemon has as many workers as it may have")
+        try:
+            worker: Worker = self.start(
+                Worker, account.name, self.drop(account.identity, launch.WORKER_LIMITS), account.name
+            )
+        except OSError as fault:
+            raise Denied(EAGAIN, f"no new process: {fault.strerror}") from None
+        identity = account.identity
+        worker.serve(next(self._numbers), identity, account.name)
+        self.workers[identity] = worker
+        worker.gone.add_done_callback(lambda gone: self._worker_gone(worker, gone.result()))
+        self._idle(worker)  # whoever asked for it may be gone before it is there
+        worker.send(
+            ipc.WorkerSetup(
+                *identity, self.personal, account.name, paths.tree, self.config.program_path,
+                int(limits.call_timeout * 1000), limits.programs_per_worker, int(limits.resident_idle * 1000),
+            )
+        )  # fmt: skip
+        return worker
+
+    def _link(self, gate: Gate, worker: Worker, message: ipc.Attached) -> None:
+        """Tell the gate, and give it and the worker two pipes to each other if they have none yet."""
+        if gate in worker.gates:
+            gate.send(message)
+            return
+        worker.gates.add(gate)
+        (worker_reads, gate_writes), (gate_reads, worker_writes) = launch.plain_pipe(), launch.plain_pipe()
+        worker.send(ipc.Gate(gate.number), (worker_reads, worker_writes))
+        gate.send(message, (gate_reads, gate_writes))
+        ipc.close_all((worker_reads, gate_writes, gate_reads, worker_writes))
+
+    def _idle(self, worker: Worker) -> None:
+        """Let a worker end after its idle time, unless somebody attaches to it before."""
+
+        def look() -> None:
+            if not worker.connections and worker.state is not State.DONE:
+                self._retire(worker)
+
+        if worker.idle is not None:
+            worker.idle.cancel()
+        worker.idle = asyncio.get_running_loop().call_later(self.config.limits.worker_idle + 0.1, look)
+
+    def _retire(self, worker: Worker) -> None:
+        """Let a worker end that nobody uses, or that is no longer what its user is."""
+        if self.workers.get(worker.identity) is worker:
+            del self.workers[worker.identity]
+        worker.release()
+        asyncio.get_running_loop().call_later(START_SECONDS, worker.kill, "did not end when told to")
+
+    def _worker_gone(self, worker: Worker, status: int) -> None:
+        if self.workers.get(worker.identity) is worker:
+            del self.workers[worker.identity]
+        for task in list(worker.tasks):
+            task.cancel()
+        for connection in worker.connections:
+            connection.workers.discard(worker)
+        for number in [number for number, line in self.register.lines.items() if line.worker is worker]:
+            self.register.end_line(number)
+        for endpoint in worker.endpoints:
+            endpoint.callers.pop(worker, None)
+            self.register.release(endpoint)
+        if status != 0:
+            launch.sweep_session(worker.pid)
+
+    # --- endpoints and lines -------------------------------------------------------------------------------------------
+
+    async def _probe(self, identity: Identity, path: str, access: int, inode: tuple[int, int] | None = None) -> Proof:
+        try:
+            return await probe(self.drop(identity), self.config.paths.tree, path, access, inode)
+        except OSError:
+            return Proof(EAGAIN, [])
+
+    def announce(self, gate: Gate, message: ipc.Announce) -> None:
+        connection = self.connection(gate, message.conn)
+        if connection is None:
+            return
+        path = plain_path(message.path)
+        if connection.identity is None:
+            raise Violation("an announcement for nobody")
+        if connection.pending >= PENDING or len(connection.announcements) >= ANNOUNCEMENTS:
+            gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many announcements"))
+            return
+        connection.pending += 1
+        self.run(connection, self._announce(connection, connection.identity, message.request, path))
+
+    async def _announce(self, connection: Connection, identity: Identity, request: int, path: str) -> None:
+        gate, errno, text, warning = connection.gate, EPERM, "", ""
+        try:
+            if identity.uid in self.daemon_uids | {0, authentication.OVERFLOW_UID}:
+                text = "a service needs an account of its own: root and the daemon's accounts can't announce"
+            else:
+                errno, chain = await self._probe(identity, path, os.O_RDONLY)
+                if not errno:
+                    number = next(self._numbers)
+                    warning = self._register(connection, number, identity.uid, path, chain)
+                    gate.send(ipc.Announced(connection.number, request, number, warning))
+            if errno:
+                gate.send(ipc.Refused(connection.number, request, errno, text))
+        finally:
+            connection.pending -= 1
+        self.log.event(
+            "info", "announce", outcome="refused" if errno else "granted", conn=connection.number, uid=identity.uid,
+            endpoint="/" + path, errno=errno or None, reason=text or warning or None,
+        )  # fmt: skip
+
+    def _register(self, connection: Connection, number: int, uid: int, path: str, chain: list[int]) -> str:
+        """Enter a server; its callers get lines. Returns a warning, or nothing."""
+        endpoint = self.register.endpoint(path, chain)
+        gate, conn = connection.gate, connection.number
+        server = Announcement(number, uid, lambda line: gate.send(ipc.NewLine(conn, number, line)))
+        endpoint.servers.append(server)
+        connection.announcements[number] = endpoint, server
+        for worker in list(endpoint.callers):
+            self._join(endpoint, server, worker)
+        mode = os.fstat(endpoint.chain[-1]).st_mode
+        if mode & 0o060 == 0o060 or mode & 0o006 == 0o006:
+            return f"mode {mode & 0o777:o}: whoever may call this endpoint may also serve it; take read away from callers"
+        return ""
+
+    def withdraw(self, gate: Gate, message: ipc.Withdraw) -> None:
+        connection = self.connection(gate, message.conn)
+        if connection and message.announcement in connection.announcements:
+            self._withdraw(connection, message.announcement)
+
+    def _withdraw(self, connection: Connection, number: int) -> None:
+        endpoint, server = connection.announcements.pop(number)
+        endpoint.servers.remove(server)
+        for line_number in [each for each, line in self.register.lines.items() if line.server is server]:
+            line = self.register.end_line(line_number)
+            if line is not None:
+                line.worker.lines -= 1
+                line.worker.send(ipc.LineOver(line_number))
+        self.register.release(endpoint)
+        self.log.event("info", "withdraw", conn=connection.number, peer=connection.peer, endpoint="/" + endpoint.path)
+
+    def _join(self, endpoint: Endpoint[Worker], server: Announcement, worker: Worker) -> None:
+        """Make a line between a worker that may call and a server, and tell both."""
+        if worker.lines >= self.config.limits.lines_per_worker:
+            self.log.event("warning", "limit", which="lines_per_worker", user=worker.user, endpoint="/" + endpoint.path)
+            return
+        inode = os.fstat(endpoint.chain[-1])
+        try:
+            number, write, read = self.register.make_line(endpoint, server, worker, (*worker.identity, worker.user))
+        except OSError as fault:
+            self.log.event("error", "warning", text=f"no line: {fault}", endpoint="/" + endpoint.path)
+            return
+        worker.lines += 1
+        worker.send(ipc.Line(number, inode.st_dev, inode.st_ino), (write, read))
+        ipc.close_all((write, read))
+        server.tell(number)
+
+    def lines_wanted(self, worker: Worker, message: ipc.LinesWanted) -> None:
+        path = plain_path(message.path)
+        if worker.probing >= PROBING or len(worker.endpoints) >= self.config.limits.lines_per_worker:
+            worker.send(ipc.Lines(message.dev, message.ino, EAGAIN))
+            return
+        worker.probing += 1
+        task = asyncio.get_running_loop().create_task(self._lines_wanted(worker, path, (message.dev, message.ino)))
+        worker.tasks.add(task)
+        task.add_done_callback(worker.tasks.discard)
+
+    async def _lines_wanted(self, worker: Worker, path: str, inode: tuple[int, int]) -> None:
+        try:
+            errno, chain = await self._probe(worker.identity, path, os.O_WRONLY, inode)
+        finally:
+            worker.probing -= 1
+        if not errno:
+            endpoint = self.register.endpoint(path, chain)
+            endpoint.callers[worker] = path
+            worker.endpoints.add(endpoint)
+            for server in self.register.missing(endpoint, worker):
+                self._join(endpoint, server, worker)
+        worker.send(ipc.Lines(*inode, errno))
+
+    def line_gone(self, worker: Worker, message: ipc.LineGone) -> None:
+        line = self.register.lines.get(message.line)
+        if line is not None and line.worker is worker:
+            self.register.end_line(message.line)
+            worker.lines -= 1
+
+    def is_live(self, worker: Worker, message: ipc.IsLive) -> None:
+        endpoint = self.register.endpoints.get((message.dev, message.ino))
+        worker.send(ipc.Live(message.request, bool(endpoint and endpoint.servers)))
+
+    # --- what is looked at from time to time ---------------------------------------------------------------------------
+
+    async def revoke(self) -> None:
+        """Where attributes of an endpoint or of a directory above it changed: probe again, kill workers that fail."""
+        for endpoint in list(self.register.endpoints.values()):
+            if not endpoint.callers or endpoint.seen == endpoint.attributes():
+                continue
+            inode = os.fstat(endpoint.chain[-1])
+            for worker, path in list(endpoint.callers.items()):
+                errno, chain = await self._probe(worker.identity, path, os.O_WRONLY, (inode.st_dev, inode.st_ino))
+                if errno and endpoint.chain:
+                    worker.kill(f"may no longer call /{path} (errno {errno})")
+                elif endpoint.chain:
+                    endpoint.renew(chain)
+                else:
+                    ipc.close_all(chain)
+
+    async def refresh(self) -> None:
+        """Look afresh at who the users with workers are; a worker that is not what its user is now ends."""
+        for worker in list(self.workers.values()) if not self.personal else ():
+            account = await accounts.look_up(worker.identity.uid)
+            if account is None or account.identity != worker.identity:
+                self._end_sessions(worker, float("inf"))
+                self._retire(worker)
+
+    def expire(self) -> None:
+        """End sessions that are too old."""
+        now = time.monotonic()
+        for worker in list(self.workers.values()):
+            self._end_sessions(worker, now)
+
+    def _end_sessions(self, worker: Worker, now: float) -> None:
+        for connection in list(worker.connections):
+            for number, session in list(connection.sessions.items()):
+                if session.worker is worker and session.expires < now:
+                    del connection.sessions[number]
+                    connection.gate.send(ipc.SessionOver(connection.number, number))
+
+    async def stop(self) -> None:
+        """End all children that are left, and remove everything that was made."""
+        for child in list(self.children):
+            child.release()
+        gone = [child.gone for child in self.children]
+        if gone:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*map(asyncio.shield, gone)), 2.0)
+        for child in list(self.children):
+            child.kill("the daemon ends")
+        await asyncio.gather(*(child.gone for child in self.children))
+        asyncio.get_running_loop().remove_reader(self.register.inotify)
+        self.hang_ups.close()
+        self.register.close()

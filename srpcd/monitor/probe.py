@@ -1,0 +1,101 @@
+"""Let the kernel say whether a user may open an endpoint: a child that becomes the user and tries.
+
+The child is a fork without an exec, so that it stays undumpable; it runs only what stands here. It answers with an errno
+and, where that is 0, with `O_PATH` descriptors of the directories from the tree's root down and of the endpoint itself:
+they pin the inodes, and the monitor watches their attributes. That is the one place where the monitor takes descriptors
+in, and they come from its own code. (An `O_PATH` descriptor reads as access mode 0, so it proves nothing by itself.)
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+from errno import ENOENT, ENXIO, ESTALE, ETIMEDOUT
+from typing import NamedTuple
+
+from srpcd.monitor import launch
+from srpcd.openat2 import O_PATH, open_beneath
+
+SECONDS = 1.0
+"""How long a probe may take. The tree is one file system (RESOLVE_NO_XDEV), so nothing in it should block at all."""
+
+
+class Proof(NamedTuple):
+    """What a probe found. errno: 0 permitted. chain: O_PATH descriptors, tree root first, endpoint last."""
+
+    errno: int
+    chain: list[int]
+
+
+async def probe(drop: launch.Drop, tree: str, path: str, access: int, inode: tuple[int, int] | None) -> Proof:
+    """May this identity open the named pipe at `path` with `access` (os.O_RDONLY to serve, os.O_WRONLY to call)?
+
+    inode: (device, inode) that it must be, else ESTALE; None for any.
+    """
+    child, pidfd, sock = launch.run_forked(lambda end: _answer(end, tree, path, access, inode), drop)
+    try:
+        sock.setblocking(False)
+        await asyncio.wait_for(_readable(sock), SECONDS)
+        data, ancillary, _flags, _address = sock.recvmsg(16, 2048, socket.MSG_CMSG_CLOEXEC)
+        chain = [fd for _level, _kind, content in ancillary for fd in memoryview(content).cast("i")]
+        return Proof(int.from_bytes(data, "big") if data else ESTALE, chain)
+    except TimeoutError:
+        return Proof(ETIMEDOUT, [])
+    finally:
+        sock.close()
+        await reap(child, pidfd)
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sock.fileno(), ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock.fileno())
+
+
+async def reap(pid: int, pidfd: int) -> None:
+    """End a forked child and collect it, without waiting where others are held up."""
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    loop, gone = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(pidfd, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        os.waitpid(pid, os.WNOHANG)
+
+
+def _answer(end: socket.socket, tree: str, path: str, access: int, inode: tuple[int, int] | None) -> None:
+    chain: list[int] = []
+    try:
+        errno = _try(chain, tree, path, access, inode)
+    except OSError as fault:
+        errno = fault.errno or ENOENT
+    if errno:
+        chain = []
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in chain))]
+    end.sendmsg([errno.to_bytes(4, "big")], ancillary if chain else [])
+
+
+def _try(chain: list[int], tree: str, path: str, access: int, inode: tuple[int, int] | None) -> int:
+    root = os.open(tree, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    chain.append(root)
+    elements = path.split("/")
+    for depth in range(1, len(elements)):
+        chain.append(open_beneath(root, "/".join(elements[:depth]), O_PATH | os.O_DIRECTORY))
+    chain.append(open_beneath(root, path, O_PATH))
+    found = os.fstat(chain[-1])
+    if not stat.S_ISFIFO(found.st_mode):
+        return ENOENT
+    if inode is not None and inode != (found.st_dev, found.st_ino):
+        return ESTALE
+    try:  # by /proc, so it is the inode looked at above and no other
+        os.close(os.open(f"/proc/self/fd/{chain[-1]}", access | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as fault:
+        if fault.errno != ENXIO:  # ENXIO comes after the permission check: allowed, and nobody reads
+            raise
+    return 0
