@@ -35,7 +35,7 @@ class Paths(Section, frozen=True):
 class Listen(Section, frozen=True):
     """tcp: addresses "host:port" (numeric host, IPv6 in brackets); an empty list: no network. local: the Unix socket."""
 
-    tcp: list[str] = ["0.0.0.0:7443", "[::]:7443"]  # noqa: S104  a server serves
+    tcp: list[str] = msgspec.field(default_factory=lambda: ["0.0.0.0:7443", "[::]:7443"])
     local: bool = True
 
 

@@ -1,0 +1,84 @@
+"""Where a server is: `host`, `host:port`, `srpc://host:port`, `unix:/path/of/socket`, or nothing for this host's own."""
+
+import os
+import re
+from errno import EINVAL, ENOENT
+from typing import NamedTuple, TypeAlias
+
+from srpc_client.errors import Unreachable
+
+PORT = 7443
+CONNECT_TIMEOUT = 30.0
+"""Seconds for connection and TLS handshake, where nothing else was said."""
+
+SYSTEM_SOCKET = "/run/srpc/srpc.sock"
+
+
+class Local(NamedTuple):
+    """A Unix socket."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+class Remote(NamedTuple):
+    """A host that is talked to by TLS over TCP."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+Address: TypeAlias = Local | Remote
+
+_REMOTE = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:/\[\]\s@?#]+))(?::(?P<port>\d{1,5}))?/?", re.ASCII)
+
+
+def parse(address: "str | Address | None" = None) -> Address:
+    """The address that a text means; the default local one for None and the empty text.
+
+    Raises ValueError with what is wrong with it; Unreachable (ENOENT) where there is no default.
+    """
+    if isinstance(address, Local | Remote):
+        return address
+    if not address:
+        return default()
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:").removeprefix("//")
+        if not path.startswith("/"):
+            raise ValueError(f"{address!r}: the path of a Unix socket begins with a slash")
+        return Local(path)
+    match = _REMOTE.fullmatch(address.removeprefix("srpc://"))
+    if match is None:
+        hint = " (an IPv6 address stands in brackets)" if address.count(":") > 2 else ""
+        raise ValueError(f"{address!r} is no address: host, host:port, srpc://host:port or unix:/path{hint}")
+    port = int(match["port"] or PORT)
+    if not 0 < port < 65536:
+        raise ValueError(f"{address!r}: a port is between 1 and 65535")
+    return Remote(match["six"] or match["host"], port)
+
+
+def default() -> Address:
+    """$SRPC_ADDRESS; else the system's daemon; else the user's own, where its socket is there.
+
+    Raises Unreachable (ENOENT) where none is.
+    """
+    named = os.environ.get("SRPC_ADDRESS")
+    if named:
+        return parse(named)
+    if os.path.exists(SYSTEM_SOCKET):
+        return Local(SYSTEM_SOCKET)
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    own = os.path.join(runtime, "srpc", "srpc.sock")
+    if runtime.startswith("/") and os.path.exists(own):
+        return Local(own)
+    raise Unreachable(ENOENT, f"no sRPC daemon runs here ({SYSTEM_SOCKET} is not there): start srpcd, or name an address")
+
+
+def from_os_error(fault: OSError, address: Address) -> Unreachable:
+    """Why a connection could not be made, as ours."""
+    return Unreachable(fault.errno or EINVAL, f"can't connect to {address}: {fault.strerror or fault}")

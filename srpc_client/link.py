@@ -1,0 +1,123 @@
+"""A connected stream that never blocks: a Unix socket whose owner was checked, or TLS over TCP.
+
+Both kinds have the same four methods, and both pumps use them. `fd` is what to wait on.
+"""
+
+import os
+import socket
+import struct
+from typing import Protocol
+
+from OpenSSL import SSL
+
+from srpc_client.errors import ConnectionLost, UntrustedServer
+from srpcd.wire.limits import READ_SIZE
+
+_RECORD = 16384  # plaintext of one TLS record: more is never taken or given at once
+_UCRED = struct.Struct("3i")
+
+
+class Link(Protocol):
+    """What a pump needs."""
+
+    fd: int
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send as much as goes out now; returns how much. Raises ConnectionLost."""
+
+    def receive(self) -> bytes | None:
+        """What has come in; None if nothing has, empty at the end. Raises ConnectionLost."""
+
+    def close(self) -> None:
+        """Say goodbye as far as that needs no waiting, and close."""
+
+
+class LocalLink:
+    """A Unix socket, to a server that is root or the user himself.
+
+    Raises UntrustedServer: whoever else managed to put a socket at the path learns nothing.
+    """
+
+    __slots__ = ("_socket", "fd")
+
+    def __init__(self, connected: socket.socket) -> None:
+        _pid, uid, _gid = _UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if uid not in (0, os.geteuid()):
+            connected.close()
+            raise UntrustedServer(
+                message=f"the server behind the socket runs as uid {uid}, and only root or you may serve it"
+            )
+        self._socket = connected
+        self.fd = connected.fileno()
+
+    def send(self, data: bytes | memoryview) -> int:
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as fault:
+            raise ConnectionLost(message=f"the connection ended: {fault.strerror}") from None
+
+    def receive(self) -> bytes | None:
+        try:
+            return self._socket.recv(READ_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError as fault:
+            raise ConnectionLost(message=f"the connection ended: {fault.strerror}") from None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class TlsLink:
+    """TLS, after its handshake."""
+
+    __slots__ = ("_socket", "_tls", "fd")
+
+    def __init__(self, connected: socket.socket, tls: SSL.Connection) -> None:
+        self._socket = connected
+        self._tls = tls
+        self.fd = connected.fileno()
+
+    def send(self, data: bytes | memoryview) -> int:
+        # Whoever calls again after a partial send begins with the same bytes: OpenSSL may have a record of them under way.
+        sent = 0
+        try:
+            if len(data) <= _RECORD:
+                return self._tls.send(data)
+            view = memoryview(data)
+            while sent < len(data):
+                sent += self._tls.send(view[sent : sent + _RECORD])
+        except (SSL.WantWriteError, SSL.WantReadError):
+            pass
+        except SSL.Error as fault:
+            raise self._lost(fault) from None
+        return sent
+
+    def receive(self) -> bytes | None:
+        try:
+            return self._tls.recv(_RECORD)
+        except SSL.WantReadError:
+            return None
+        except SSL.ZeroReturnError:
+            return b""
+        except SSL.SysCallError as fault:
+            if fault.args[0] == -1:  # end of file without a goodbye; frames know for themselves whether they are whole
+                return b""
+            raise self._lost(fault) from None
+        except SSL.Error as fault:
+            raise self._lost(fault) from None
+
+    @staticmethod
+    def _lost(fault: SSL.Error) -> ConnectionLost:
+        if isinstance(fault, SSL.SysCallError):
+            return ConnectionLost(message=f"the connection ended: {fault.args[-1]}")
+        return ConnectionLost(message=f"the TLS connection failed: {fault}")
+
+    def close(self) -> None:
+        try:
+            self._tls.shutdown()
+        except SSL.Error:
+            pass
+        self._socket.close()

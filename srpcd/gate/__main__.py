@@ -1,0 +1,50 @@
+"""Start of a gate: `python3 -I -S <this file> <tls|local> <directory for sys.path>...`, with descriptors 3 and 4.
+
+The monitor has dropped all privileges before the exec. Nothing is read from a client before that is proved.
+"""
+
+import os
+import signal
+import sys
+
+SOCKET, PIPE = 3, 4
+"""From the monitor, and to it."""
+
+
+def main() -> None:
+    """Be a gate."""
+    sys.dont_write_bytecode = True
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:0] = [os.path.dirname(os.path.dirname(here))]
+    sys.path += sys.argv[2:]
+    from srpcd import confine  # noqa: PLC0415  sys.path had to be made first
+
+    confine.make_undumpable()
+    # Whoever stops the daemon by a signal to its whole group means the monitor, which lets the gates finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    import socket  # noqa: PLC0415
+
+    from srpcd import ipc  # noqa: PLC0415
+
+    sock = socket.socket(fileno=SOCKET)
+    sock.setblocking(True)
+    received = ipc.receive(sock)
+    if received is None:
+        return
+    setup, fds = received
+    if not isinstance(setup, ipc.GateSetup) or setup.kind != sys.argv[1] or len(fds) != (2 if setup.kind == "tls" else 0):
+        raise SystemExit("a gate was told something else than who it is")
+    confine.prove(setup.uid, setup.gid, setup.groups, setup.personal)
+
+    from srpcd import config  # noqa: PLC0415
+    from srpcd.gate import gate, tls  # noqa: PLC0415
+
+    context = tls.inherited_context(fds) if fds else None
+    gate.serve(config.decode(setup.config), context, sock, PIPE)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stderr.flush()
+    os._exit(0)

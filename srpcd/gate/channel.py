@@ -1,0 +1,85 @@
+"""The way to the monitor and back: a socket that it hands messages and descriptors out on, and a pipe to it."""
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+
+from srpcd import ipc
+
+QUEUE_HIGH, QUEUE_LOW = 256, 64
+"""Messages that wait for the monitor before clients are no longer read, and when they are again."""
+
+QUEUE_MAX = 65536
+"""Messages after which something is wrong: the gate ends."""
+
+BATCH = 64
+"""Messages taken from the monitor in one go, so that clients have their turn."""
+
+
+class Channel:
+    """The two ends that the gate has inherited.
+
+    dispatch: takes each message and its descriptors. relieved: called when the queue is short again.
+    congested: whether clients should wait. Ends the process when the monitor is gone.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        pipe: int,
+        dispatch: Callable[[ipc.Message, list[int]], None],
+        relieved: Callable[[], None],
+    ) -> None:
+        self.congested = False
+        self._loop = loop
+        self._sock = sock
+        self._pipe = pipe
+        self._dispatch = dispatch
+        self._relieved = relieved
+        self._queue: deque[ipc.Message] = deque()
+        sock.setblocking(False)
+        os.set_blocking(pipe, False)
+        loop.add_reader(sock, self._readable)
+
+    def send(self, message: ipc.Message) -> None:
+        """Send, or keep it until the pipe has room."""
+        if not self._queue:
+            try:
+                ipc.write_packet(self._pipe, message)
+                return
+            except BlockingIOError:
+                self._loop.add_writer(self._pipe, self._writable)
+            except BrokenPipeError:
+                os._exit(0)
+        self._queue.append(message)
+        if len(self._queue) > QUEUE_HIGH:
+            self.congested = True
+        if len(self._queue) > QUEUE_MAX:
+            raise RuntimeError("the monitor does not read")
+
+    def _writable(self) -> None:
+        try:
+            while self._queue:
+                ipc.write_packet(self._pipe, self._queue[0])
+                self._queue.popleft()
+            self._loop.remove_writer(self._pipe)
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            os._exit(0)
+        if self.congested and len(self._queue) <= QUEUE_LOW:
+            self.congested = False
+            self._relieved()
+
+    def _readable(self) -> None:
+        for _ in range(BATCH):
+            try:
+                received = ipc.receive(self._sock)
+            except BlockingIOError:
+                return
+            if received is None:
+                os._exit(0)  # the monitor is gone, and everything ends with it
+            self._dispatch(*received)

@@ -1,0 +1,168 @@
+"""The process: connections and workers from the monitor, timers, the shutdown."""
+
+import asyncio
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from OpenSSL import SSL
+
+from srpcd import ipc
+from srpcd.config import Config
+from srpcd.gate.channel import Channel
+from srpcd.gate.connection import Connection
+from srpcd.gate.routes import Link
+from srpcd.gate.tls import Plain, Tls
+from srpcd.session.session import Session
+
+DRAIN_CHECK = 0.05
+"""Seconds between two looks at whether everything has been answered."""
+
+LAST_WORDS = 1.0
+"""Seconds in which clients may take their last replies, after the time for the shutdown."""
+
+
+class Gate:
+    """One gate. context: of TLS; None: the gate of the local socket."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, config: Config, context: SSL.Context | None, sock: socket.socket, pipe: int
+    ) -> None:
+        self.loop = loop
+        self.limits = config.limits
+        self.connections: dict[int, Connection] = {}
+        self.links: dict[int, Link] = {}
+        self.channel = Channel(loop, sock, pipe, self._dispatch, self._relieved)
+        self._tree = config.paths.tree
+        self._context = context
+        self._draining = False
+        limits = config.limits
+        shortest = min(limits.handshake_timeout, limits.authentication_timeout, limits.idle_timeout, limits.stall)
+        self._interval = min(1.0, shortest / 4)
+        loop.call_later(self._interval, self._check)
+
+    # --- what connections and links say --------------------------------------------------------------------------------
+
+    def connection_ended(self, connection: Connection) -> None:
+        """A connection is over."""
+        self.connections.pop(connection.number, None)
+
+    def link_died(self, link: Link) -> None:
+        """A worker is gone."""
+        if self.links.get(link.worker) is link:
+            del self.links[link.worker]
+
+    # --- what the monitor says -----------------------------------------------------------------------------------------
+
+    def _dispatch(self, message: ipc.Message, fds: list[int]) -> None:
+        if isinstance(message, ipc.Connection):
+            self._connection(message, fds)
+        elif isinstance(message, ipc.Drain):
+            self._drain(message.milliseconds / 1000)
+        else:
+            link = self._link(message.worker, fds) if isinstance(message, ipc.Attached) else None
+            connection = self.connections.get(getattr(message, "conn", -1))
+            if connection is None:
+                if not isinstance(message, ipc.Attached):
+                    ipc.close_all(fds)
+                return
+            try:
+                _RESULTS[type(message)](connection, message, link, fds)
+            except Exception as fault:
+                connection.fault(fault)
+            else:
+                connection.settle()
+
+    def _connection(self, message: ipc.Connection, fds: list[int]) -> None:
+        self.channel.send(ipc.Taken(message.conn))
+        sock = socket.socket(fileno=fds[0])
+        sock.setblocking(False)
+        transport = Tls(sock, self._context) if self._context else Plain(sock)
+        if self._draining:
+            transport.close()
+            return
+        session = Session(self._context is None, self._tree, self.limits.outstanding)
+        connection = Connection(self, message.conn, message.peer, transport, session)
+        self.connections[message.conn] = connection
+        connection.start()
+
+    def _link(self, worker: int, fds: list[int]) -> Link | None:
+        """The link to a worker, made if its pipes came with the message."""
+        link = self.links.get(worker)
+        if len(fds) == 2 and link is None:
+            link = self.links[worker] = Link(self, worker, *fds)
+        else:
+            ipc.close_all(fds)
+        return link
+
+    def _relieved(self) -> None:
+        for connection in list(self.connections.values()):
+            connection.update()
+
+    # --- time ----------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        now = self.loop.time()
+        for connection in list(self.connections.values()):
+            connection.check(now)
+        for link in list(self.links.values()):
+            link.check(now, self.limits.stall)
+        self.loop.call_later(self._interval, self._check)
+
+    def _drain(self, seconds: float) -> None:
+        if not self._draining:
+            self._draining = True
+            for connection in self.connections.values():
+                connection.session.drain()
+            self._drained(self.loop.time() + seconds)
+
+    def _drained(self, deadline: float) -> None:
+        """End when everything is answered, or the time is over."""
+        if self.loop.time() < deadline and any(each.busy for each in self.connections.values()):
+            self.loop.call_later(DRAIN_CHECK, self._drained, deadline)
+            return
+        for connection in list(self.connections.values()):
+            connection.expire()
+        self._leave(self.loop.time() + LAST_WORDS)
+
+    def _leave(self, deadline: float) -> None:
+        """End when everybody has the last reply, or does not take it."""
+        if self.loop.time() < deadline and any(each.busy for each in self.connections.values()):
+            self.loop.call_later(DRAIN_CHECK, self._leave, deadline)
+            return
+        for connection in list(self.connections.values()):
+            connection.end()
+        self.loop.stop()
+
+
+_RESULTS: dict[type[ipc.Message], Callable[[Connection, Any, Link | None, list[int]], None]] = {
+    ipc.Conversation: lambda c, m, _link, fds: c.conversing(m.afid, fds),
+    ipc.Verdict: lambda c, m, _link, _fds: c.verdict(m.afid, m.errno, m.message),
+    ipc.Attached: lambda c, m, link, _fds: c.attached(m.request, m.session, link),
+    ipc.Refused: lambda c, m, _link, _fds: c.refused(m.request, m.errno, m.message),
+    ipc.SessionOver: lambda c, m, _link, _fds: c.over(m.session),
+    ipc.Announced: lambda c, m, _link, _fds: c.session.announced(m.request, m.announcement, m.warning),
+    ipc.NewLine: lambda c, m, _link, _fds: c.session.line(m.announcement, m.line),
+}
+
+
+def serve(config: Config, context: SSL.Context | None, sock: socket.socket, pipe: int) -> None:
+    """Be a gate until the monitor says that it is over, or is gone."""
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(_fatal)
+    gate = Gate(loop, config, context, sock, pipe)
+    gate.channel.send(ipc.Ready())
+    loop.run_forever()
+
+
+def _fatal(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A fault outside any connection: end, and the monitor starts another gate. Values are not shown."""
+    fault = context.get("exception")
+    if isinstance(fault, BaseException):
+        traceback.print_tb(fault.__traceback__, file=sys.stderr)
+        print(type(fault).__name__, file=sys.stderr)
+    print("a gate ends, because it has a fault", file=sys.stderr, flush=True)
+    os._exit(1)

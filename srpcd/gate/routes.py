@@ -1,0 +1,270 @@
+"""The way from connections to workers: links, which connections share, and routes, one for each session of a connection.
+
+The hot path is here. `Link.send` only packs a frame; `flush` writes all of a batch at once. `_readable` parses all that
+one read gave, hands each answer to its connection, and lets every connection that got one send once.
+"""
+
+import asyncio
+import os
+from errno import ECONNRESET
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from srpcd import ipc
+from srpcd.gate.backlog import Backlog
+from srpcd.session.effects import Forward
+from srpcd.wire.errors import ProtocolError
+from srpcd.wire.frames import APPEND, CALL, HEADER, STAT, FrameReader, frame
+from srpcd.wire.limits import NAME_MAX, READ_SIZE
+
+if TYPE_CHECKING:
+    from srpcd.gate.connection import Connection
+    from srpcd.gate.gate import Gate
+
+CALL_PREFIX = Struct(HEADER.format + ipc.CALL_HEAD.format[1:])
+"""Header and head of a forwarded call, in one go."""
+
+LAST_READS = 64
+"""Reads of what a worker that is gone has still left in the pipe."""
+
+
+class LinkBroken(Exception):
+    """The worker sent what no worker sends."""
+
+
+class Link:
+    """The pipes to one worker.
+
+    dead: it is gone. congested: too much waits for the worker, so those who feed it are not read for.
+    users: connections that were opened on it.
+    """
+
+    def __init__(self, gate: "Gate", worker: int, read: int, write: int) -> None:
+        self.worker = worker
+        self.dead = False
+        self.congested = False
+        self.users: set[Connection] = set()
+        self._gate = gate
+        self._loop: asyncio.AbstractEventLoop = gate.loop
+        self._read = read
+        self._write = write
+        self._reader = FrameReader(ipc.FROM_WORKER)
+        self._pending: dict[int, tuple[Connection, Forward]] = {}
+        self._tag = 0  # never used twice, so an answer can't be taken for another
+        self._out: list[bytes] = []
+        self._out_size = 0
+        self._backlog = Backlog()
+        self._holders: set[Connection] = set()
+        self._failed = False
+        os.set_blocking(read, False)
+        os.set_blocking(write, False)
+        self._loop.add_reader(read, self._readable)
+
+    # --- to the worker -------------------------------------------------------------------------------------------------
+
+    def send(self, connection: "Connection", forward: Forward) -> None:
+        """Pass a request on with the next `flush`."""
+        if connection not in self.users:
+            self.users.add(connection)
+            connection.links.add(self)
+            self._put(frame(ipc.OPEN, connection.number, connection.peer.encode("utf-8", "replace")[:NAME_MAX]))
+        tag = self._tag = self._tag + 1
+        self._pending[tag] = (connection, forward)
+        forward.carrier = self
+        forward.ticket = tag
+        place = forward.place
+        path = place.path
+        kind = forward.kind
+        if kind in (CALL, APPEND):
+            body = forward.body
+            size = ipc.CALL_HEAD.size + len(path) + len(body)
+            head = CALL_PREFIX.pack(ipc.CALL, tag, size, connection.number, place.dev, place.ino, len(path)) + path
+            self._out += (head, body)
+            self._out_size += len(head) + len(body)
+            forward.body = b""  # the worker's now
+        elif kind == STAT:
+            after = forward.body
+            head = ipc.STAT_HEAD.pack(place.dev, place.ino, forward.limit, len(after))
+            self._put(frame(ipc.STAT, tag, head + after + path))
+        else:
+            self._put(frame(ipc.WALK, tag, path))
+
+    def cancel(self, forward: Forward) -> None:
+        """Ask for a request's end with the next `flush`. Its answer still comes."""
+        self._tag += 1
+        self._put(frame(ipc.FLUSH, self._tag, ipc.FLUSH_BODY.pack(forward.ticket)))
+
+    def forget(self, connection: "Connection", left: list[Forward]) -> None:
+        """A connection is over. left: what it has outstanding, here or elsewhere."""
+        for forward in left:
+            if forward.carrier is self:
+                self._pending.pop(forward.ticket, None)
+        self.users.discard(connection)
+        self.release(connection)
+        if not self.dead:
+            self._put(frame(ipc.CLOSE, connection.number))
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was sent since the last flush."""
+        out = self._out
+        if not out or self._failed:
+            return
+        now = self._loop.time()
+        if self._backlog.size or self._out_size > READ_SIZE:
+            for chunk in out:
+                self._backlog.add(chunk, now)
+            self._out = []
+            self._out_size = 0
+            self._push(now)
+            return
+        data = out[0] if len(out) == 1 else b"".join(out)
+        self._out = []
+        self._out_size = 0
+        try:
+            written = os.write(self._write, data)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            self._fail()
+            return
+        if written < len(data):
+            self._backlog.add(memoryview(data)[written:], now)
+            self._loop.add_writer(self._write, self._writable)
+
+    def check(self, now: float, stall: float) -> None:
+        """Give up on a worker that takes nothing for `stall` seconds."""
+        if self._backlog.size and now - self._backlog.since > stall:
+            self.die()
+
+    def _put(self, data: bytes) -> None:
+        self._out.append(data)
+        self._out_size += len(data)
+
+    def _writable(self) -> None:
+        self._push(self._loop.time())
+
+    def _push(self, now: float) -> None:
+        try:
+            self._backlog.push(self._write_some, now)
+        except OSError:
+            self._fail()
+            return
+        size = self._backlog.size
+        if size:
+            self._loop.add_writer(self._write, self._writable)
+        else:
+            self._loop.remove_writer(self._write)
+        limit = self._gate.limits.buffer
+        if self.congested if size <= limit // 2 else not self.congested and size > limit:
+            self.congested = not self.congested
+            for connection in list(self.users):
+                connection.update()
+
+    def _write_some(self, data: bytes | memoryview) -> int:
+        try:
+            return os.write(self._write, data)
+        except BlockingIOError:
+            return 0
+
+    # --- from the worker -----------------------------------------------------------------------------------------------
+
+    def hold(self, connection: "Connection") -> None:
+        """Don't read: this connection has no room for answers."""
+        if not self._holders and not self._failed:
+            self._loop.remove_reader(self._read)
+        self._holders.add(connection)
+
+    def release(self, connection: "Connection") -> None:
+        """The connection has room again."""
+        if connection in self._holders:
+            self._holders.discard(connection)
+            if not self._holders and not self._failed:
+                self._loop.add_reader(self._read, self._readable)
+
+    def _readable(self) -> bool:
+        """Take what has come. Returns whether there may be more."""
+        try:
+            data = os.read(self._read, READ_SIZE)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.die()
+            return False
+        pending = self._pending
+        touched: dict[Connection, None] = {}
+        try:
+            for kind, tag, body in self._reader.feed(data):
+                waiting = pending.pop(tag, None)
+                if waiting is None:
+                    continue  # of a connection that is over, or the answer to a flush
+                connection, forward = waiting
+                touched[connection] = None
+                try:
+                    connection.answered(forward, kind, body)
+                except LinkBroken:
+                    pending[tag] = waiting
+                    raise
+                except Exception as fault:
+                    connection.fault(fault)
+        except (ProtocolError, LinkBroken):
+            for connection in touched:
+                connection.settle()
+            self.die()
+            return False
+        for connection in touched:
+            connection.settle()
+        return True
+
+    def _fail(self) -> None:
+        """It does not read any more. Later, because whoever is sending right now must not be answered meanwhile."""
+        if not self._failed:
+            self._failed = True
+            self._loop.remove_reader(self._read)
+            self._loop.remove_writer(self._write)
+            self._loop.call_soon(self._take_the_rest)
+
+    def _take_the_rest(self) -> None:
+        """What it has answered before its end still counts."""
+        for _ in range(LAST_READS):
+            if self.dead or not self._readable():
+                break
+        self.die()
+
+    def die(self) -> None:
+        """The worker is gone: everything outstanding gets its one error."""
+        if self.dead:
+            return
+        self.dead = self._failed = True
+        self.congested = False
+        self._loop.remove_reader(self._read)
+        self._loop.remove_writer(self._write)
+        ipc.close_all((self._read, self._write))
+        self._backlog.clear()
+        self._out.clear()
+        self._gate.link_died(self)
+        pending, self._pending = self._pending, {}
+        users, self.users = self.users, set()
+        for connection, forward in pending.values():
+            connection.failed(forward, ECONNRESET)
+        for connection in users:
+            connection.links.discard(self)
+            connection.update()
+            connection.settle()
+
+
+class Route:
+    """Where the requests of one session go.
+
+    waiting: requests that wait for another worker in the place of one that died.
+    resuming: whether the monitor was asked for one. attempts: how often it has named one that is dead too.
+    """
+
+    __slots__ = ("attempts", "link", "resuming", "session", "waiting")
+
+    def __init__(self, session: int) -> None:
+        self.session = session
+        self.link: Link | None = None
+        self.resuming = False
+        self.attempts = 0
+        self.waiting: list[Forward] = []

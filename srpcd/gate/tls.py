@@ -1,0 +1,208 @@
+"""Bytes to and from a client: TLS 1.3, or plain on the local socket, behind the same few methods.
+
+Both work on a non-blocking descriptor directly: whoever calls waits for the descriptor and calls again.
+"""
+
+import os
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from OpenSSL import SSL
+
+from srpcd.wire.limits import READ_SIZE
+
+ALPN = b"srpc/1"
+"""The protocol's name and version (RFC 7301)."""
+
+RECORD = 16384
+"""Bytes of plaintext in one TLS record at most (RFC 8446, section 5.1)."""
+
+SO_PASSRIGHTS = 83
+"""Linux 6.16: whether a Unix socket takes descriptors in. Closing one that a client laid out for us could hang."""
+
+
+class TransportError(Exception):
+    """The connection is of no use any more."""
+
+
+class Plain:
+    """A connection on the local socket."""
+
+    wants_write = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        except OSError:
+            pass  # an older kernel: descriptors are closed at the recv that does not ask for them
+
+    def handshake(self) -> bool:
+        """Whether data may be exchanged. Raises TransportError."""
+        return True
+
+    def recv(self) -> bytes | None:
+        """What has come; None: nothing at the moment; empty: end of file. Raises TransportError."""
+        try:
+            return self.sock.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as fault:
+            raise TransportError(str(fault)) from None
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send what goes without waiting. Returns how many bytes. Raises TransportError."""
+        try:
+            return self.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as fault:
+            raise TransportError(str(fault)) from None
+
+    def finish(self) -> None:
+        """Say that nothing more will be sent."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def discard(self) -> bool:
+        """After `finish`: throw away what has come. Returns whether it was the end of file, or an error."""
+        try:
+            return not self.sock.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """End the connection. The monitor has the socket too: closing alone would send nothing."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self.sock.close()
+
+
+class Tls(Plain):
+    """A connection that speaks TLS.
+
+    wants_write: TLS has something of its own to send before it can go on.
+    """
+
+    def __init__(self, sock: socket.socket, context: SSL.Context) -> None:
+        self.sock = sock
+        self._ready = False
+        self._tls = SSL.Connection(context, sock)
+        self._tls.set_accept_state()
+
+    def handshake(self) -> bool:
+        if not self._ready:
+            self.wants_write = False
+            try:
+                self._tls.do_handshake()
+            except SSL.WantReadError:
+                return False
+            except SSL.WantWriteError:
+                self.wants_write = True
+                return False
+            except SSL.Error as fault:
+                raise TransportError(f"handshake: {fault!r}") from None
+            # A client that names no protocol at all gets through OpenSSL's own check.
+            if self._tls.get_alpn_proto_negotiated() != ALPN:
+                raise TransportError("the client does not speak srpc/1")
+            self._ready = True
+        return True
+
+    def recv(self) -> bytes | None:
+        # One read gives one record. A full one is rarely the last: only then it is worth asking again, because finding
+        # nothing there costs a system call and an exception.
+        self.wants_write = False
+        data = b""
+        try:
+            data = self._tls.recv(RECORD)
+            if len(data) == RECORD:
+                while len(data) < READ_SIZE:
+                    data += self._tls.recv(RECORD)
+            return data
+        except SSL.WantReadError:
+            return data or None
+        except SSL.WantWriteError:
+            self.wants_write = True
+            return data or None
+        except SSL.ZeroReturnError:
+            return data
+        except SSL.Error as fault:
+            raise TransportError(f"read: {fault!r}") from None
+
+    def send(self, data: bytes | memoryview) -> int:
+        sent, size = 0, len(data)
+        try:
+            sent = self._tls.send(data)
+            if sent < size:
+                rest = memoryview(data)
+                while sent < size:
+                    sent += self._tls.send(rest[sent:])
+        except (SSL.WantWriteError, SSL.WantReadError):
+            pass
+        except SSL.Error as fault:
+            raise TransportError(f"write: {fault!r}") from None
+        return sent
+
+    def finish(self) -> None:
+        self._close_notify()
+        super().finish()
+
+    def close(self) -> None:
+        self._close_notify()
+        super().close()
+
+    def _close_notify(self) -> None:
+        """Say goodbye if that goes without waiting, and once."""
+        if self._ready:
+            self._ready = False
+            try:
+                self._tls.shutdown()
+            except SSL.Error:
+                pass
+
+
+def _choose(_connection: SSL.Connection, offered: list[bytes]) -> Any:
+    return ALPN if ALPN in offered else SSL.NO_OVERLAPPING_PROTOCOLS
+
+
+def _read(fd: int) -> bytes:
+    with os.fdopen(fd, "rb") as file:
+        return file.read()
+
+
+def server_context(key: bytes, certificates: bytes) -> SSL.Context:
+    """What every TLS connection of this gate starts from.
+
+    key, certificates: PEM; the server's own certificate first.
+    TLS 1.3 only, and its key exchange by the library's preference: hybrid post-quantum groups come first where it has
+    them (OpenSSL 3.5 and later). Nothing to resume sessions with is kept: each connection proves the key anew.
+    """
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_max_proto_version(SSL.TLS1_3_VERSION)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_NO_TICKET)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # 34 KiB less for each idle connection
+    context.set_alpn_select_callback(_choose)
+    first, *others = x509.load_pem_x509_certificates(certificates)
+    context.use_certificate(first)
+    for other in others:
+        context.add_extra_chain_cert(other)
+    context.use_privatekey(load_pem_private_key(key, None))  # type: ignore[arg-type]
+    context.check_privatekey()
+    return context
+
+
+def inherited_context(fds: Iterable[int]) -> SSL.Context:
+    """The context from inherited descriptors of key and certificate, which are closed."""
+    key, certificates = (_read(fd) for fd in fds)
+    return server_context(key, certificates)

@@ -1,0 +1,39 @@
+"""A worker's program: `python3 -I -S <dir>/srpcd/worker/__main__.py <user name>` (the name is for `ps` alone).
+
+It finds a socket from the monitor at descriptor 3, its end of the packet pipe to the monitor at 4 (`srpcd.ipc`).
+"""
+
+import sys
+
+_SOCKET, _PIPE = 3, 4
+
+
+def main() -> None:
+    """Close off, learn who to be, prove it, say so, serve."""
+    sys.path.insert(0, __file__.rpartition("/srpcd/")[0])  # -I -S: nothing of the project is on it
+    from srpcd import confine  # noqa: PLC0415
+
+    confine.make_undumpable()  # first: until then other processes of this user could trace it
+    import os  # noqa: PLC0415
+    from _socket import socket  # noqa: PLC0415
+
+    from srpcd import ipc  # noqa: PLC0415
+    from srpcd.worker.serve import Worker  # noqa: PLC0415
+
+    for fd in (_SOCKET, _PIPE):
+        os.set_inheritable(fd, False)  # not for programs
+    sock = socket(fileno=_SOCKET)
+    received = ipc.receive(sock)
+    if received is None:
+        os._exit(0)
+    setup, _fds = received
+    if not isinstance(setup, ipc.WorkerSetup):
+        raise ipc.MessageError(f"{type(setup).__name__} in the place of WorkerSetup")
+    confine.prove(setup.uid, setup.gid, setup.groups, setup.personal)
+    worker = Worker(setup, sock, _PIPE)
+    worker.tell(ipc.Proved())
+    worker.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Lines: calls to a handler through two pipes, and the register of the service endpoints that have some.
+
+A resident program is a line too, whose ends are its standard input and output (`srpcd.worker.programs`).
+
+What a pipe says about its other end, and what follows (pipe(7), poll(2); tried):
+  - the read end of `send` gives end of file to read(2) as long as the service has not yet opened it, though epoll is
+    silent: so it is read only when epoll says that something is in it. EPOLLHUP comes only after a writer was there;
+  - the write end of `recv` gives EPOLLERR once the last reader is gone;
+  - what a handler wrote before it died is still in the pipe, and counts: it is read before its calls are given up.
+"""
+
+import os
+from errno import EAGAIN, ECONNRESET, ENXIO
+from select import EPOLLIN
+from struct import Struct
+
+from srpcd.ipc import LineGone, LinesWanted, Message
+from srpcd.wire.errors import ProtocolError
+from srpcd.wire.frames import CALL, CALL_REPLY, FLUSH, LINE_REPLIES, METADATA_LENGTH, SEQ, FrameReader, frame
+from srpcd.wire.limits import CALL_MAX, LINE_OUTSTANDING_MAX, METADATA_MAX, READ_SIZE
+from srpcd.worker.calls import Call
+from srpcd.worker.loop import HANDLERS, INFINITY, Loop, Writer
+from srpcd.worker.resolve import Tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WAIT = 1.0
+"""Seconds that a call waits for somebody to serve its endpoint, from its arrival: a service that is being restarted."""
+
+BUFFER_MAX = 2 * CALL_MAX
+"""Bytes that may wait for one handler to read them: a stuck one does not use up the room of all."""
+
+ENDPOINTS_MAX = 1024
+"""Endpoints without lines that are remembered. The monitor is asked again for those that were forgotten."""
+
+_CALL_HEAD = Struct("!iQQQ")
+"""Header of a call, with the fid 0 that its body begins with."""
+_FULL = "too many calls wait for this handler: try again later"
+
+
+class Line:
+    """A handler's two pipes. write: requests go there; read: replies come from there; both not blocking.
+
+    lost: called once, when the handler is gone or broke the protocol; `pending` still has its calls then.
+    fault: how it broke the protocol, or empty.
+    """
+
+    def __init__(self, loop: Loop, write: int, read: int, patience: float, lost: "Callable[[Line], None]") -> None:
+        self._loop = loop
+        self._lost = lost
+        self._read = read
+        self._reader = FrameReader(LINE_REPLIES)
+        self._seq = 0
+        self.pending: dict[int, Call | None] = {}
+        """Calls that the handler has not answered, by seq. None: cancelled, the slot is free once the answer comes."""
+        self.over = False
+        self.answered = False
+        self._retiring = self._ending = False
+        self.used = loop.now
+        self.fault = ""
+        self.writer = Writer(loop, write, self.end, patience)
+        loop.watch(read, EPOLLIN, self._readable, HANDLERS)
+
+    def send(self, call: Call) -> bool:
+        """Hand a call over. False: too many are with the handler already."""
+        if (
+            self.over
+            or self._retiring
+            or len(self.pending) >= LINE_OUTSTANDING_MAX
+            or self.writer.size + len(call.body) > BUFFER_MAX
+        ):
+            return False
+        self._seq = seq = self._seq + 1  # never used twice: a late answer can't be taken for another call's
+        self.pending[seq] = call
+        self.writer.add(_CALL_HEAD.pack(CALL, seq, 8 + len(call.body), 0) + call.body)
+        self.used = self._loop.now
+        call.body = b""
+        call.seq = seq
+        call.custodian = self
+        return True
+
+    def abandon(self, call: Call) -> None:
+        """The call is over: tell the handler, and wait for its answer only to know that the slot is free."""
+        if call.seq not in self.pending:
+            return
+        if self.over or self.writer.discard(_CALL_HEAD.pack(CALL, call.seq, 0, 0)[:12]):
+            del self.pending[call.seq]
+        else:
+            self.pending[call.seq] = None
+            self.writer.add(frame(FLUSH, 0, SEQ.pack(call.seq)))
+        self._idle()
+
+    def retire(self, end: bool) -> None:
+        """Let the handler finish what it has; then end the line, or only close its input, which tells it to end."""
+        self._retiring, self._ending = True, end
+        self._idle()
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return any(call is not None for call in self.pending.values())
+
+    def end(self) -> None:
+        """Take what the handler still wrote, close both pipes, tell the owner."""
+        if not self.over:
+            self.over = True
+            self._drain()
+            self.writer.close()
+            self._loop.close(self._read)
+            self._lost(self)
+
+    def fail(self, errno: int = ECONNRESET, message: str = "") -> None:
+        """Give up all calls, each with the same error."""
+        calls = [call for call in self.pending.values() if call is not None]
+        self.pending.clear()
+        for call in calls:
+            call.fail(errno, message)
+
+    def _idle(self) -> None:
+        if self._retiring and not self.over and not self.busy:
+            if self._ending:
+                self.end()
+            else:
+                self.writer.end()
+
+    def _readable(self, mask: int) -> None:
+        if not mask & EPOLLIN:  # a hang-up, and nothing is left to be read
+            self.end()
+            return
+        try:
+            data = os.read(self._read, READ_SIZE)
+        except BlockingIOError:
+            return
+        if data:
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        self.used = self._loop.now
+        try:
+            for kind, seq, body in self._reader.feed(data):
+                self._answer(kind, seq, body)
+            if self._reader.partial and not self.pending:
+                raise ProtocolError(ECONNRESET, "an answer to no call")  # else it could have us keep 16 MiB for nothing
+        except ProtocolError as fault:
+            self.fault = self.fault or fault.message
+            self.end()
+        if self._retiring:
+            self._idle()
+
+    def _answer(self, kind: int, seq: int, body: bytes) -> None:
+        if seq not in self.pending:
+            raise ProtocolError(ECONNRESET, "an answer to no call", seq)
+        call = self.pending[seq]
+        if kind == CALL_REPLY:
+            size = len(body) - METADATA_LENGTH.size
+            if size < 0 or METADATA_LENGTH.unpack_from(body)[0] > min(size, METADATA_MAX):
+                raise ProtocolError(ECONNRESET, "the metadata length does not fit the answer", seq)
+            if call is not None:
+                call.finish(body)
+        elif call is not None:
+            call.fail_by_handler(body)
+        del self.pending[seq]
+        self.answered = True
+
+    def _drain(self) -> None:
+        # Bounded: the largest answer, in reads of at least a page, whatever a handler that lives on may add.
+        for _ in range(CALL_MAX // 4096):
+            if self.fault or not self.pending:
+                return
+            try:
+                data = os.read(self._read, READ_SIZE)
+            except OSError:
+                return
+            if not data:
+                return
+            self._feed(data)
+
+
+class Endpoint:
+    """A service endpoint: its lines, and the calls that wait for one.
+
+    state: UNKNOWN, ASKED (the monitor has not answered yet) or PERMITTED (lines will come when somebody announces).
+    """
+
+    UNKNOWN, ASKED, PERMITTED = 0, 1, 2
+
+    def __init__(self, dev: int, ino: int) -> None:
+        self.dev = dev
+        self.ino = ino
+        self.lines: list[Line] = []
+        self.waiting: dict[Call, None] = {}
+        self.state = self.UNKNOWN
+
+    def abandon(self, call: Call) -> None:
+        """The call is over."""
+        self.waiting.pop(call, None)
+
+
+class Services:
+    """All service endpoints that this worker calls.
+
+    tell: sends a message to the monitor. patience: seconds without progress after which a handler counts as stuck.
+    """
+
+    def __init__(self, loop: Loop, tree: Tree, tell: "Callable[[Message], None]", patience: float) -> None:
+        self._loop = loop
+        self._tree = tree
+        self._tell = tell
+        self._patience = patience
+        self._endpoints: dict[tuple[int, int], Endpoint] = {}
+        self.waiters: dict[Endpoint, None] = {}
+        """Endpoints where calls wait, or did a moment ago."""
+        self._lines: dict[int, tuple[Line, Endpoint]] = {}
+        loop.duties.append(self._waited)
+
+    def held(self) -> int:
+        """Bytes of calls that wait for a line."""
+        return sum(len(call.body) for endpoint in self.waiters for call in endpoint.waiting)
+
+    def endpoint(self, dev: int, ino: int) -> Endpoint:
+        """The register's entry of an endpoint."""
+        found = self._endpoints.get((dev, ino))
+        if found is None:
+            if len(self._endpoints) >= ENDPOINTS_MAX:
+                for key, each in list(self._endpoints.items()):
+                    if not each.lines and not each.waiting:
+                        del self._endpoints[key]
+            found = self._endpoints[dev, ino] = Endpoint(dev, ino)
+        return found
+
+    def deliver(self, endpoint: Endpoint, call: Call) -> None:
+        """Hand a permitted call to the line with the fewest calls, or let it wait for one."""
+        lines = endpoint.lines
+        if lines:
+            line = lines[0] if len(lines) == 1 else min(lines, key=lambda each: len(each.pending))
+            if not line.send(call):
+                call.fail(EAGAIN, _FULL)
+            return
+        if len(endpoint.waiting) >= LINE_OUTSTANDING_MAX:
+            call.fail(EAGAIN, _FULL)
+            return
+        call.custodian = endpoint
+        endpoint.waiting[call] = None
+        self.waiters[endpoint] = None
+        self._loop.wake(self._loop.now + WAIT)
+        if endpoint.state == Endpoint.UNKNOWN:
+            endpoint.state = Endpoint.ASKED
+            self._tell(LinesWanted(call.path, call.dev, call.ino))
+
+    def add_line(self, number: int, dev: int, ino: int, write: int, read: int) -> None:
+        """The monitor's Line: hand over what waited for it."""
+        endpoint = self.endpoint(dev, ino)
+
+        def lost(line: Line) -> None:
+            self._lines.pop(number, None)
+            self._leave(endpoint, line)
+            line.fail()
+            self._tell(LineGone(number))
+
+        line = Line(self._loop, write, read, self._patience, lost)
+        self._lines[number] = line, endpoint
+        endpoint.lines.append(line)
+        calls, endpoint.waiting = list(endpoint.waiting), {}
+        permitted: dict[str, int] = {}  # what the kernel says *now*: they may have waited for a second
+        for call in calls:
+            if call.path not in permitted:
+                try:
+                    self._tree.check_service(call.path, dev, ino)
+                    permitted[call.path] = 0
+                except OSError as fault:
+                    permitted[call.path] = fault.errno or ENXIO
+            if permitted[call.path]:
+                call.fail(permitted[call.path])
+            else:
+                self.deliver(endpoint, call)
+
+    def answered(self, dev: int, ino: int, errno: int) -> None:
+        """The monitor's Lines."""
+        endpoint = self._endpoints.get((dev, ino))
+        if endpoint is None:
+            return
+        if errno == 0:
+            endpoint.state = Endpoint.PERMITTED
+            self._loop.wake(self._loop.now)
+            return
+        endpoint.state = Endpoint.UNKNOWN  # the next call asks again
+        calls, endpoint.waiting = list(endpoint.waiting), {}
+        for call in calls:
+            call.fail(errno)
+
+    def announcement_over(self, number: int) -> None:
+        """The monitor's LineOver: no new calls; those that the handler has, it may still answer."""
+        if number in self._lines:
+            line, endpoint = self._lines[number]
+            self._leave(endpoint, line)
+            line.retire(end=True)
+
+    def _leave(self, endpoint: Endpoint, line: Line) -> None:
+        if line in endpoint.lines:
+            endpoint.lines.remove(line)
+            if not endpoint.lines:
+                endpoint.state = Endpoint.UNKNOWN
+
+    def _waited(self) -> float:
+        due = INFINITY
+        for endpoint in list(self.waiters):
+            if not endpoint.waiting:
+                del self.waiters[endpoint]
+            elif endpoint.state == Endpoint.PERMITTED:
+                late = []
+                for call in endpoint.waiting:
+                    if call.arrived + WAIT > self._loop.now:
+                        due = min(due, call.arrived + WAIT)
+                        break
+                    late.append(call)
+                for call in late:
+                    del endpoint.waiting[call]
+                    call.fail(ENXIO)
+        return due

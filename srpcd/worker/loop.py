@@ -1,0 +1,220 @@
+"""One epoll loop, and writers that gather what goes out in one pass.
+
+A pass: each readable descriptor is read once, what was due is done, then each writer that something was added to writes
+it at once. Descriptors are closed at the end of the pass, so that a number is not given to something new while events
+for the old one are still to be handled.
+"""
+
+import os
+from select import EPOLLERR, EPOLLHUP, EPOLLOUT, epoll
+from time import monotonic
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ALWAYS, GATES, HANDLERS = 0, 1, 2
+"""Groups of descriptors: those of GATES and HANDLERS (lines and programs) can be paused."""
+
+INFINITY = float("inf")
+TICK = 0.05
+"""Seconds between two looks at what is due, at least: deadlines are that coarse."""
+
+_JOIN = 64 * 1024
+"""Bytes that are joined into one write: a pipe's capacity. What is longer is not copied."""
+
+
+class Writer:
+    """Non-blocking output to one descriptor.
+
+    broken: called once, when nobody can read it any more. patience: seconds without progress after which it counts as
+    broken too. handler: it leads to a handler, so what waits in it counts as input (see `Loop.backlog`).
+    """
+
+    __slots__ = ("_broken", "_dirty", "_ending", "_loop", "fd", "handler", "parts", "patience", "since", "size")
+
+    def __init__(
+        self, loop: "Loop", fd: int, broken: "Callable[[], None]", patience: float = INFINITY, handler: bool = True
+    ) -> None:
+        self.fd = fd
+        self.parts: list[bytes | memoryview] = []
+        self.size = 0
+        self.since = 0.0  # when something was last taken, while something waits
+        self.patience = patience
+        self.handler = handler
+        self._loop = loop
+        self._broken = broken
+        self._dirty = False
+        self._ending = False
+        loop.watch(fd, 0, self._ready)
+
+    def add(self, data: bytes) -> None:
+        """Have `data` written at the end of this pass, or when there is room. Ignored when closed."""
+        if self.fd >= 0:
+            self.parts.append(data)
+            self.size += len(data)
+            if not self._dirty:
+                self._dirty = True
+                self._loop.dirty.append(self)
+
+    def discard(self, head: bytes) -> bool:
+        """Take back the frame that begins with `head`. False: it, or some of it, may be gone already."""
+        for at, part in enumerate(self.parts):
+            if isinstance(part, bytes) and part.startswith(head):  # a memoryview is the rest of what was begun
+                del self.parts[at]
+                self.size -= len(part)
+                return True
+        return False
+
+    def flush(self) -> None:
+        """Write what fits."""
+        self._dirty = False
+        if self.fd >= 0 and self not in self._loop.armed:
+            self._write()
+
+    def end(self) -> None:
+        """Close once everything is written."""
+        self._ending = True
+        if not self.parts:
+            self.close()
+
+    def close(self) -> None:
+        """Close now; what is left is dropped."""
+        if self.fd >= 0:
+            self._loop.armed.pop(self, None)
+            self._loop.close(self.fd)
+            self.fd = -1
+            self.parts.clear()
+            self.size = 0
+
+    def fail(self) -> None:
+        """Close, and tell the owner."""
+        if self.fd >= 0:
+            self.close()
+            self._broken()
+
+    def _ready(self, mask: int) -> None:
+        if mask & (EPOLLERR | EPOLLHUP):
+            self.fail()
+        elif self in self._loop.armed:
+            self._write()
+
+    def _write(self) -> None:
+        parts = self.parts
+        while parts:
+            count, size = 1, len(parts[0])
+            while count < len(parts) and size + len(parts[count]) <= _JOIN:
+                size += len(parts[count])
+                count += 1
+            chunk = parts[0] if count == 1 else b"".join(parts[:count])
+            try:
+                written = os.write(self.fd, chunk)
+            except BlockingIOError:
+                written = 0
+            except OSError:
+                self.fail()
+                return
+            self.size -= written
+            if written == len(chunk):
+                del parts[:count]
+                continue
+            if written:
+                parts[:count] = (memoryview(chunk)[written:],)
+            self._arm(written > 0)
+            return
+        if self in self._loop.armed:
+            del self._loop.armed[self]
+            self._loop.modify(self.fd, 0)
+        if self._ending:
+            self.close()
+
+    def _arm(self, progress: bool) -> None:
+        if self not in self._loop.armed:
+            self._loop.armed[self] = None
+            self._loop.modify(self.fd, EPOLLOUT)
+            progress = True
+        if progress:
+            self.since = self._loop.now
+            self._loop.wake(self.since + self.patience)
+
+
+class Loop:
+    """The loop. now: monotonic seconds of this pass. armed: writers that wait for room."""
+
+    def __init__(self) -> None:
+        self.now = monotonic()
+        self.dirty: list[Writer] = []
+        self.armed: dict[Writer, None] = {}
+        self.duties: list[Callable[[], float]] = [self._impatience]
+        """Each does what is due at `now`, and returns when it wants to be called again (INFINITY: on `wake`)."""
+        self._epoll = epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._watched: dict[int, tuple[int, int]] = {}
+        self._closing: list[int] = []
+        self._next = INFINITY
+        self._paused: frozenset[int] = frozenset()
+
+    def watch(self, fd: int, mask: int, callback: "Callable[[int], None]", group: int = ALWAYS) -> None:
+        """Call `callback` with the event mask whenever something is up. Errors and hang-ups are always reported."""
+        self._callbacks[fd] = callback
+        self._watched[fd] = (group, mask)
+        if group not in self._paused:
+            self._epoll.register(fd, mask)
+
+    def modify(self, fd: int, mask: int) -> None:
+        """Wait for other events (descriptors of ALWAYS only)."""
+        self._watched[fd] = (ALWAYS, mask)
+        self._epoll.modify(fd, mask)
+
+    def close(self, fd: int) -> None:
+        """Forget a watched descriptor now, close it at the end of the pass."""
+        group, _mask = self._watched.pop(fd)
+        del self._callbacks[fd]
+        if group not in self._paused:
+            self._epoll.unregister(fd)
+        self._closing.append(fd)
+
+    def pause(self, groups: "frozenset[int]") -> None:
+        """Take these groups out of the loop, and all others in. (With an empty mask they would still report hang-ups.)"""
+        for fd, (group, mask) in self._watched.items():
+            if group in groups and group not in self._paused:
+                self._epoll.unregister(fd)
+            elif group in self._paused and group not in groups:
+                self._epoll.register(fd, mask)
+        self._paused = groups
+
+    def wake(self, when: float) -> None:
+        """See to it that duties are looked at by then, or a little later."""
+        if when < self._next:  # noqa: PLR1730  a call of min() costs more than the rest, and this is done for each call
+            self._next = when
+
+    def backlog(self) -> int:
+        """Bytes that wait for handlers to take them."""
+        return sum(writer.size for writer in self.armed if writer.handler)
+
+    def turn(self) -> None:
+        """One pass; sleeps until there is something to do."""
+        timeout = -1.0 if self._next == INFINITY else max(0.0, self._next - monotonic())
+        events = self._epoll.poll(timeout)
+        self.now = monotonic()
+        for fd, mask in events:
+            callback = self._callbacks.get(fd)
+            if callback is not None:
+                callback(mask)
+        if self.now >= self._next:
+            self._next = INFINITY
+            due = min(duty() for duty in self.duties)
+            self.wake(due if due == INFINITY else max(due, self.now + TICK))
+        while self.dirty:  # a writer that breaks gives others something to say, once
+            writers, self.dirty = self.dirty, []
+            for writer in writers:
+                writer.flush()
+        if self._closing:
+            for fd in self._closing:
+                os.close(fd)
+            self._closing.clear()
+
+    def _impatience(self) -> float:
+        for writer in [each for each in self.armed if self.now >= each.since + each.patience]:
+            writer.fail()
+        return min((writer.since + writer.patience for writer in self.armed), default=INFINITY)

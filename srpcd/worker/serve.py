@@ -1,0 +1,325 @@
+"""The worker's requests: from gates (frames over pipes) and from the monitor (messages over a socket).
+
+Everything that a gate asks for names a whole path, and device and inode of what its client found there: nothing of a
+client is kept here but calls that are not yet answered, and the addresses of the connections they came from.
+"""
+
+import os
+from errno import ECANCELED, EIO, EISDIR, EPROTO
+from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
+
+from srpcd import ipc
+from srpcd.ipc import (
+    CALL_HEAD,
+    STAT_HEAD,
+    WALKED_BODY,
+    Gate,
+    Line,
+    LineGone,
+    LineOver,
+    Lines,
+    Live,
+    Message,
+    Stat,
+    WorkerSetup,
+)
+from srpcd.wire.errors import ProtocolError, RequestError
+from srpcd.wire.frames import METADATA_LENGTH, FrameReader
+from srpcd.wire.limits import METADATA_MAX, MIB, READ_SIZE
+from srpcd.worker.calls import Call, Calls, Link
+from srpcd.worker.describe import Describer
+from srpcd.worker.lines import Endpoint, Services
+from srpcd.worker.lines import Line as HandlerLine
+from srpcd.worker.loop import GATES, HANDLERS, Loop, Writer
+from srpcd.worker.programs import Programs
+from srpcd.worker.resolve import Tree, fail
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+    from collections.abc import Callable
+    from typing import NoReturn
+
+GATE_OUTPUT_MAX = 4 * MIB
+"""Bytes that may wait for one gate to read them before nothing more is read from handlers and gates."""
+
+HANDLER_INPUT_MAX = 64 * MIB
+"""Bytes that may wait for handlers to read them before nothing more is read from gates."""
+
+_TELL_MAX = 4096
+"""Messages that may wait for the monitor to read them. It never lets that happen while it works."""
+
+_KNOWN_MAX = 4096
+"""Endpoints whose key in the frames of gates is remembered."""
+
+_NOTHING: frozenset[int] = frozenset()
+_KEY_BEGIN, _KEY_END = 8, CALL_HEAD.size
+"""In a CALL's body: device, inode, length of the path; the path follows. As bytes, they are the key of an endpoint."""
+
+
+class Known:
+    """What was checked of an endpoint. batch: of reads in which it was; one check stands for all calls of one read."""
+
+    __slots__ = ("batch", "endpoint", "line", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.batch = 0
+        self.endpoint: Endpoint | None = None
+        self.line: HandlerLine | None = None
+
+
+class GateLink(Link):
+    """One gate: reads its requests. read, write: our ends of its two pipes, not blocking."""
+
+    __slots__ = ("_loop", "_over", "_peers", "_read", "_reader", "_stats", "_table", "_worker")
+
+    def __init__(self, worker: "Worker", read: int, write: int) -> None:
+        self._worker = worker
+        self._loop = worker.loop
+        self._read = read
+        self._reader = FrameReader(ipc.TO_WORKER)
+        self._peers: dict[int, str] = {}
+        self._stats: dict[int, int] = {}  # tags of those that wait for the monitor, and the describer's numbers
+        self._over = False
+        self._table: dict[int, Callable[[int, bytes], None]] = {
+            ipc.OPEN: self._open,
+            ipc.CLOSE: self._close,
+            ipc.WALK: self._walk,
+            ipc.STAT: self._stat,
+            ipc.CALL: self._call,
+            ipc.FLUSH: self._flush,
+        }
+        super().__init__(Writer(worker.loop, write, self.end, handler=False))
+        self._loop.watch(read, EPOLLIN, self._readable, GATES)
+
+    def end(self) -> None:
+        """The gate is gone, or is not to be heard any longer: flush its calls, close its pipes."""
+        if not self._over:
+            self._over = True
+            self._loop.close(self._read)
+            self.writer.close()
+            self._worker.calls.links.remove(self)
+            self._worker.calls.drop(self)
+
+    def _readable(self, mask: int) -> None:
+        try:
+            data = os.read(self._read, READ_SIZE)
+        except BlockingIOError:
+            return
+        if not data:
+            self.end()
+            return
+        self._worker.batch += 1
+        try:
+            for kind, tag, body in self._reader.feed(data):
+                self._table[kind](tag, body)
+        except ProtocolError as fault:
+            os.write(2, f"a gate broke the protocol, its link is closed: {fault}\n".encode())
+            self.end()
+
+    def _open(self, conn: int, body: bytes) -> None:
+        if b"\0" in body:
+            raise ProtocolError(EPROTO, "a peer's address with a NUL")
+        self._peers[conn] = body.decode(errors="replace")
+
+    def _close(self, conn: int, body: bytes) -> None:
+        self._peers.pop(conn, None)
+        self._worker.calls.drop(self, conn)
+
+    def _walk(self, tag: int, body: bytes) -> None:
+        try:
+            found = self._worker.tree.walk(_text(body))
+        except OSError as fault:
+            self.error(tag, fault.errno or EIO)
+            return
+        self.reply(ipc.WALKED, tag, WALKED_BODY.pack(*found))
+
+    def _stat(self, tag: int, body: bytes) -> None:
+        if len(body) < STAT_HEAD.size:
+            raise ProtocolError(EPROTO, "a short STAT", tag)
+        dev, ino, limit, length = STAT_HEAD.unpack_from(body)
+        begin = STAT_HEAD.size + length
+        if begin > len(body):
+            raise ProtocolError(EPROTO, "a short STAT", tag)
+        after = _text(body[STAT_HEAD.size : begin])
+
+        def answer(stat: Stat) -> None:
+            self._stats.pop(tag, None)
+            self.reply(ipc.STATTED, tag, stat.pack())
+
+        try:
+            request = self._worker.describer.stat(_text(body[begin:]), dev, ino, after, max(1, limit), answer)
+            if request:
+                self._stats[tag] = request
+        except OSError as fault:
+            self.error(tag, fault.errno or EIO)
+
+    def _flush(self, tag: int, body: bytes) -> None:
+        if len(body) != ipc.FLUSH_BODY.size:
+            raise ProtocolError(EPROTO, "a short FLUSH", tag)
+        (target,) = ipc.FLUSH_BODY.unpack(body)
+        request = self._stats.pop(target, 0)
+        if request:
+            self._worker.describer.forget(request)
+            self.error(target, ECANCELED)
+        self._worker.calls.flush(self, tag, target)
+
+    def _call(self, tag: int, body: bytes) -> None:
+        worker = self._worker
+        if len(body) < _KEY_END:
+            raise ProtocolError(EPROTO, "a short CALL", tag)
+        conn, dev, ino, length = CALL_HEAD.unpack_from(body)
+        begin = _KEY_END + length
+        size = len(body) - begin - METADATA_LENGTH.size
+        if size < 0 or METADATA_LENGTH.unpack_from(body, begin)[0] > min(size, METADATA_MAX):
+            raise ProtocolError(EPROTO, "a CALL whose lengths do not fit", tag)
+        if conn not in self._peers or tag in self.calls:
+            raise ProtocolError(EPROTO, "a CALL of no connection, or with a tag that is in use", tag)
+        key = body[_KEY_BEGIN:begin]
+        known = worker.known.get(key)
+        if known is None:
+            known = worker.know(key, _text(body[_KEY_END:begin]))
+        now = self._loop.now
+        call = self.calls[tag] = Call(self, tag, conn, known.path, dev, ino, body[begin:], now)
+        self._loop.wake(now + worker.calls.timeout)
+        if known.batch != worker.batch:
+            worker.check(known, call, self._peers[conn])
+        elif known.endpoint is not None:
+            worker.services.deliver(known.endpoint, call)
+        elif known.line is None or known.line.over or not known.line.send(call):
+            worker.check(known, call, self._peers[conn])
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+class Worker:
+    """One worker: everything together. sock: from the monitor. pipe: descriptor of the packet pipe to the monitor."""
+
+    def __init__(self, setup: WorkerSetup, sock: "Socket", pipe: int) -> None:
+        self.loop = Loop()
+        self.tree = Tree(setup.tree)
+        self.calls = Calls(self.loop, setup.call_timeout / 1000)
+        self.services = Services(self.loop, self.tree, self.tell, setup.call_timeout / 1000)
+        self.programs = Programs(self.loop, self.tree, setup)
+        self.describer = Describer(self.loop, self.tree, self.tell)
+        self.known: dict[bytes, Known] = {}
+        self.batch = 0
+        self._sock = sock
+        self._pipe = pipe
+        self._unsent: list[Message] = []
+        self._paused = _NOTHING
+        sock.setblocking(False)
+        os.set_blocking(pipe, False)
+        self.loop.watch(sock.fileno(), EPOLLIN, self._monitor_ready)
+        self.loop.watch(pipe, 0, self._pipe_ready)
+
+    def run(self) -> "NoReturn":
+        """Serve until the monitor is gone."""
+        while True:
+            self.loop.turn()
+            if self.loop.armed or self._paused or self.services.waiters:
+                self._balance()
+
+    def tell(self, message: Message) -> None:
+        """Send a message to the monitor, now or when it reads again."""
+        if self._unsent:
+            if len(self._unsent) >= _TELL_MAX:
+                raise ipc.MessageError("the monitor does not read")
+            self._unsent.append(message)
+            return
+        try:
+            ipc.write_packet(self._pipe, message)
+        except BlockingIOError:
+            self._unsent.append(message)
+            self.loop.modify(self._pipe, EPOLLOUT)
+
+    def know(self, key: bytes, path: str) -> Known:
+        """Remember an endpoint by its key."""
+        if len(self.known) >= _KNOWN_MAX:
+            self.known.clear()
+        known = self.known[key] = Known(path)
+        return known
+
+    def check(self, known: Known, call: Call, peer: str) -> None:
+        """Have the kernel decide about a call, and hand it over."""
+        known.endpoint = known.line = None
+        try:
+            fd, _found, kind = self.tree.open_fid(call.path, call.dev, call.ino)
+            try:
+                if kind == ipc.DIRECTORY:
+                    fail(EISDIR)
+                if kind == ipc.SERVICE:
+                    self.tree.check_write(fd)
+                    known.endpoint = self.services.endpoint(call.dev, call.ino)
+            finally:
+                os.close(fd)
+            if known.endpoint is None:
+                known.line = self.programs.call(call, peer)
+        except OSError as fault:
+            call.fail(fault.errno or EIO)
+            return
+        except RequestError as fault:
+            call.fail(fault.errno, fault.message)
+            return
+        known.batch = self.batch
+        if known.endpoint is not None:
+            self.services.deliver(known.endpoint, call)
+
+    def _pipe_ready(self, mask: int) -> None:
+        if mask & (EPOLLERR | EPOLLHUP):  # the monitor is gone: the socket says so too
+            self._end()
+        while self._unsent:
+            try:
+                ipc.write_packet(self._pipe, self._unsent[0])
+            except BlockingIOError:
+                return
+            del self._unsent[0]
+        self.loop.modify(self._pipe, 0)
+
+    def _monitor_ready(self, mask: int) -> None:
+        try:
+            received = ipc.receive(self._sock)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = None
+        if received is None:
+            self._end()
+        message, fds = received
+        if isinstance(message, Gate) and len(fds) == 2:
+            os.set_blocking(fds[0], False)
+            os.set_blocking(fds[1], False)
+            self.calls.links.append(GateLink(self, fds[0], fds[1]))
+        elif isinstance(message, Line) and len(fds) == 2:
+            os.set_blocking(fds[0], False)
+            os.set_blocking(fds[1], False)
+            self.services.add_line(message.line, message.dev, message.ino, fds[0], fds[1])
+        elif isinstance(message, Lines):
+            self.services.answered(message.dev, message.ino, message.errno)
+        elif isinstance(message, LineOver):
+            self.services.announcement_over(message.line)
+        elif isinstance(message, Live):
+            self.describer.live(message.request, message.live)
+        elif isinstance(message, Line):  # no room for more descriptors
+            ipc.close_all(fds)
+            self.tell(LineGone(message.line))
+        else:
+            raise ipc.MessageError(f"{type(message).__name__} with {len(fds)} descriptors")
+
+    def _balance(self) -> None:
+        """Read no more than what others take."""
+        paused = _NOTHING
+        if any(link.writer.size > GATE_OUTPUT_MAX for link in self.calls.links):
+            paused = frozenset((GATES, HANDLERS))
+        elif self.loop.backlog() + self.services.held() > HANDLER_INPUT_MAX:
+            paused = frozenset((GATES,))
+        if paused != self._paused:
+            self._paused = paused
+            self.loop.pause(paused)
+
+    def _end(self) -> "NoReturn":
+        self.programs.kill()
+        os._exit(0)

@@ -1,0 +1,45 @@
+"""A place of one's own for tests, demo and benches: throwaway users, a tmpfs, code that other users can reach.
+
+As root, `enter` puts this process into a private mount namespace. There, and only there, `/etc/passwd`, `/etc/shadow`,
+`/etc/group`, `/etc/shells` and `/etc/pam.d` are copies with the accounts of `accounts.PEOPLE` added, and a tmpfs lies on
+`/srv` (tree, sockets, keys, code, temporary files). It is gone with the last process in it; nothing outside changes.
+
+As an ordinary user there is no such place: `enter` then makes a temporary directory for a daemon in personal mode, and
+`missing` says what can't be had.
+
+    place = realm.enter()
+    with realm.Daemon() as daemon:
+        realm.install(daemon.tree / "tools/wc", "#!/bin/sh\\nwc -c\\n", 0o755)
+        realm.run_as("alice", ["/bin/ls", "-l", str(daemon.tree)])
+"""
+
+from tests.realm.accounts import PEOPLE, Account, account, change, group, password
+from tests.realm.acl import grant, strip
+from tests.realm.daemon import Daemon, DaemonFault
+from tests.realm.place import PYTHON, Place, enter, install, missing
+from tests.realm.processes import Process, descendants, fds, popen_as, python, run_as, status
+
+__all__ = [
+    "PEOPLE",
+    "PYTHON",
+    "Account",
+    "Daemon",
+    "DaemonFault",
+    "Place",
+    "Process",
+    "account",
+    "change",
+    "descendants",
+    "enter",
+    "fds",
+    "grant",
+    "group",
+    "install",
+    "missing",
+    "password",
+    "popen_as",
+    "python",
+    "run_as",
+    "status",
+    "strip",
+]

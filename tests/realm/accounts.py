@@ -1,0 +1,135 @@
+"""The throwaway accounts, and the copies of the account files that have them."""
+
+import ctypes
+import dataclasses
+import grp
+import pwd
+from pathlib import Path
+from typing import Any
+
+from tests.realm import mounts
+
+EXPIRED_DAY = 10_000
+"""In days since 1970, as shadow(5) counts: the year 1997."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """One line of passwd(5) and shadow(5). uid: below 0: is chosen among the free ones. groups: besides its own."""
+
+    name: str
+    groups: tuple[str, ...] = ()
+    shell: str = "/bin/sh"
+    uid: int = -1
+    system: bool = False
+    locked: bool = False
+    expired: bool = False
+    stale: bool = False  # the password has to be changed at once
+    own_group: bool = True
+
+    @property
+    def gid(self) -> int:
+        """The primary group's number: the account's own group has its uid's."""
+        return self.uid
+
+
+PEOPLE = (
+    Account("alice", ("calc", "staff2")),
+    Account("bob"),
+    Account("carol", locked=True),
+    Account("dave", expired=True),
+    Account("erin", shell="/usr/sbin/nologin"),
+    Account("frank", stale=True),
+    Account("svc", ("calc",)),
+    Account("svc2"),
+    Account("sysacct", uid=450, system=True),
+    Account("_srpcd", shell="/usr/sbin/nologin", system=True, locked=True),
+    Account("toor", uid=0, own_group=False),
+)
+"""Their passwords are `password(name)`. Root and nobody have one of this kind too: a refusal is then about who they are."""
+
+GROUPS = ("calc", "staff2")
+
+_accounts: dict[str, Account] = {}
+_groups: dict[str, int] = {}
+_originals: dict[str, list[str]] = {}
+_hashes: dict[str, str] = {}
+_store: list[Path] = []
+
+
+def password(name: str) -> str:
+    """The password of an account."""
+    return f"{name}'s own passphrase"
+
+
+def account(name: str) -> Account:
+    """An account of the realm, with its numbers."""
+    return _accounts[name]
+
+
+def group(name: str) -> int:
+    """The gid of one of GROUPS."""
+    return _groups[name]
+
+
+def create(store: Path) -> None:
+    """Choose numbers for all accounts and put the copied files in place. store: a directory for the copies."""
+    for file in ("passwd", "shadow", "group", "shells"):
+        _originals[file] = Path("/etc", file).read_text(encoding="utf-8").splitlines()
+    taken = {entry.pw_uid for entry in pwd.getpwall()} | {entry.gr_gid for entry in grp.getgrall()}
+    free = (number for number in range(20_001, 60_000) if number not in taken)
+    free_system = (number for number in range(451, 999) if number not in taken)
+    for name in GROUPS:
+        _groups[name] = next(free)
+    for person in PEOPLE:
+        uid = person.uid
+        if uid < 0 or (uid in taken and uid != 0):
+            uid = next(free_system if person.system else free)
+        _accounts[person.name] = dataclasses.replace(person, uid=uid)
+    for name in [*_accounts, "root", "nobody"]:
+        _hashes[name] = _hash(password(name))
+    shells = _originals["shells"]
+    mounts.replace(Path("/etc/shells"), "\n".join([*shells, "/bin/sh", "/bin/bash", ""]), store)
+    _store.append(store)
+    _write()
+
+
+def change(name: str, **fields: Any) -> None:
+    """Change an account, from now on and for all look-ups: `change("alice", groups=("staff2",), expired=True)`."""
+    _accounts[name] = dataclasses.replace(_accounts[name], **fields)
+    _write()
+
+
+def _write() -> None:
+    """Write passwd, shadow and group anew."""
+    store, own = _store[0], set(_accounts)
+
+    def kept(file: str, names: set[str]) -> list[str]:
+        return [line for line in _originals[file] if line.split(":", 1)[0] not in names]
+
+    passwd, shadow, group = kept("passwd", own), kept("shadow", own | {"root", "nobody"}), kept("group", own | set(GROUPS))
+    for name in ("root", "nobody"):
+        shadow.append(f"{name}:{_hashes[name]}:19000:0:99999:7:::")
+    for each in _accounts.values():
+        home = f"{store.parent}/home/{each.name}"
+        passwd.append(f"{each.name}:x:{each.uid}:{each.gid}::{home}:{each.shell}")
+        hashed = ("!" if each.locked else "") + _hashes[each.name]
+        expire = str(EXPIRED_DAY) if each.expired else ""
+        shadow.append(f"{each.name}:{hashed}:{0 if each.stale else 19000}:0:99999:7::{expire}:")
+        if each.own_group:
+            group.append(f"{each.name}:x:{each.gid}:")
+    for name, gid in _groups.items():
+        members = ",".join(each.name for each in _accounts.values() if name in each.groups)
+        group.append(f"{name}:x:{gid}:{members}")
+    for file, lines in (("passwd", passwd), ("shadow", shadow), ("group", group)):
+        mounts.replace(Path("/etc", file), "\n".join([*lines, ""]), store)
+
+
+def _hash(text: str) -> str:
+    """A hash that takes a millisecond to check; crypt(5)'s default is meant to take long."""
+    crypt = ctypes.CDLL("libcrypt.so.1").crypt
+    crypt.restype = ctypes.c_char_p
+    hashed: bytes | None = crypt(text.encode(), b"$6$rounds=1000$throwaway")
+    if not hashed or not hashed.startswith(b"$6$"):
+        raise RuntimeError("libcrypt can't make a SHA-512 hash")
+    return hashed.decode()

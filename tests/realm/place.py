@@ -1,0 +1,197 @@
+"""Where things are: entering the realm, and the directories in it."""
+
+import atexit
+import functools
+import glob
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.realm import accounts, mounts
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+PYTHON: str = getattr(sys, "_base_executable", sys.executable)
+"""The interpreter below the virtual environment: other users can reach it, and it has no site-packages of ours."""
+
+DEPENDENCIES = ("OpenSSL", "cryptography", "_cffi_backend", "msgspec", "pam", "six", "click", "rich")
+
+PAM_SERVICES = {
+    # Plain, so that a login does what is here and nothing else (common-auth may ask a directory service).
+    "srpcd": "auth required pam_unix.so\naccount required pam_unix.so\n",
+    "srpcd-common": "auth include common-auth\naccount include common-account\n",
+    # A password, then the module's two steps.
+    "srpcd-2p": "auth required pam_unix.so\nauth required {module}\naccount required pam_unix.so\n",
+    # Nothing is asked, and everybody is let in (or nobody).
+    "srpcd-open": "auth required pam_permit.so\naccount required pam_unix.so\n",
+    "srpcd-closed": "auth required pam_deny.so\naccount required pam_unix.so\n",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """The realm.
+
+    private: a mount namespace with accounts of its own (else: an ordinary user's temporary directory).
+    root: where everything lies. code: the directory that holds srpcd and srpc_client, for `sys.path`; sites: those of the
+    packages that they need. temporary: for anybody's files. module: of the PAM service srpcd-2p, None where it can't be.
+    """
+
+    private: bool
+    root: Path
+    code: Path
+    sites: tuple[Path, ...]
+    temporary: Path
+    module: Path | None
+
+    @property
+    def path(self) -> list[str]:
+        """What a Python program with our code needs on `sys.path`."""
+        return [str(self.code), *(str(site) for site in self.sites)]
+
+
+def missing() -> str:
+    """Why there can't be a private realm; empty where there can."""
+    if os.geteuid() != 0:
+        return "needs root: throwaway users in a private mount namespace"
+    if enter().private:
+        return ""
+    return "needs root with CAP_SYS_ADMIN: throwaway users in a private mount namespace"
+
+
+@functools.cache
+def enter() -> Place:
+    """Enter the realm (once; later calls return the same). As root this process must have a single thread."""
+    mounts.adopt_orphans()
+    if os.geteuid() == 0:
+        try:
+            mounts.own_namespace()
+        except PermissionError:
+            pass
+        else:
+            return _private(_mount_point())
+    root = Path(tempfile.mkdtemp(prefix="srpc-realm-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    temporary = root / "tmp"
+    temporary.mkdir()
+    _use_for_temporary_files(temporary)
+    return Place(False, root, CHECKOUT, _sites(), temporary, None)
+
+
+def install(path: Path, text: str, mode: int, *, uid: int = 0, gid: int = 0) -> Path:
+    """Write a program as install(1) would: whole, then at its place. uid, gid: the owner, as root only."""
+    make_directories(path.parent)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    if os.geteuid() == 0:
+        os.chown(new, uid, gid)
+    new.chmod(mode)  # after chown, which takes away set-id bits
+    return new.rename(path)
+
+
+def make_directories(path: Path, mode: int = 0o755) -> None:
+    """The directory and those above it, with this mode whatever the umask, where they are missing."""
+    if not path.is_dir():
+        make_directories(path.parent, mode)
+        path.mkdir()
+        path.chmod(mode)
+
+
+def _mount_point() -> Path:
+    """A directory that every machine has and that hides nothing of ours when something is mounted on it."""
+    needed = [CHECKOUT, Path(sys.prefix), Path(PYTHON), Path.cwd(), *_sites()]
+    for name in ("/srv", "/mnt", "/media", "/opt"):
+        candidate = Path(name)
+        if candidate.is_dir() and not any(each.is_relative_to(candidate) for each in needed):
+            return candidate
+    raise RuntimeError("the checkout lies below /srv, /mnt, /media and /opt at once")
+
+
+def _private(root: Path) -> Place:
+    sites = _sites()
+    mounts.tmpfs(root)
+    for name, mode in (("store", 0o700), ("home", 0o755), ("tmp", 0o1777), ("code", 0o755), ("pam.d", 0o755)):
+        (root / name).mkdir()
+        (root / name).chmod(mode)
+    nscd = Path("/run/nscd")  # a cache that knows the accounts of outside
+    if nscd.is_dir():
+        mounts.tmpfs(nscd)
+    accounts.create(root / "store")
+    for person in accounts.PEOPLE:
+        home = root / "home" / person.name
+        home.mkdir(0o700)
+        os.chown(home, accounts.account(person.name).uid, accounts.account(person.name).gid)
+    module = _compile_module(root)
+    _pam_services(root / "pam.d", module)
+    code = root / "code"
+    for package in ("srpcd", "srpc_client"):
+        shutil.copytree(CHECKOUT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    if (CHECKOUT / "docs/examples").is_dir():
+        shutil.copytree(CHECKOUT / "docs/examples", code / "examples")
+    _open_up(code)
+    subprocess.run([PYTHON, "-I", "-m", "compileall", "-q", str(code / "srpcd"), str(code / "srpc_client")], check=True)
+    seen = []
+    for number, site in enumerate(sites):
+        # A bind mount: the packages can be reached though they lie in a directory that is closed for others.
+        target = root / f"site{number}"
+        target.mkdir()
+        mounts.bind(site, target, readonly=True)
+        seen.append(target)
+    _use_for_temporary_files(root / "tmp")
+    return Place(True, root, code, tuple(seen), root / "tmp", module)
+
+
+def _sites() -> tuple[Path, ...]:
+    """The directories that hold the packages we depend on."""
+    found = []
+    for name in DEPENDENCIES:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise RuntimeError(f"the package {name} is not installed: run `make` once, or pip install -e '.[test]'")
+        origin = Path(spec.origin)
+        site = origin.parent.parent if spec.submodule_search_locations else origin.parent
+        if site not in found:
+            found.append(site)
+    return tuple(found)
+
+
+def _open_up(directory: Path) -> None:
+    """a+rX: the checkout may have come with a umask of 077."""
+    for parent, directories, files in os.walk(directory):
+        for name in [*directories, *files]:
+            path = Path(parent, name)
+            mode = path.stat().st_mode
+            path.chmod(0o755 if path.is_dir() or mode & 0o100 else 0o644)
+
+
+def _compile_module(root: Path) -> Path | None:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    libpam = next(iter(glob.glob("/lib/*/libpam.so.0") + glob.glob("/lib*/libpam.so.0")), None)
+    if not compiler or not libpam:
+        return None
+    module = root / "pam_twostep.so"
+    source = Path(__file__).with_name("pam_twostep.c")
+    command = [compiler, "-shared", "-fPIC", "-nostdlib", "-Wall", "-Wextra", "-Wno-builtin-declaration-mismatch"]
+    subprocess.run([*command, "-o", str(module), str(source), libpam], check=True)
+    module.chmod(0o644)
+    return module
+
+
+def _pam_services(directory: Path, module: Path | None) -> None:
+    shutil.copytree("/etc/pam.d", directory, dirs_exist_ok=True)
+    directory.chmod(0o755)
+    for name, text in PAM_SERVICES.items():
+        if module or "{module}" not in text:
+            (directory / name).write_text(text.format(module=module))
+            (directory / name).chmod(0o644)
+    mounts.bind(directory, Path("/etc/pam.d"))
+
+
+def _use_for_temporary_files(directory: Path) -> None:
+    """For this process and its children: pytest keeps its last three runs where temporary files go."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(directory)

@@ -1,0 +1,456 @@
+"""Calls on service endpoints: permission at each call, lines, and exactly one answer."""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from srpcd import ipc
+from srpcd.wire import frames
+from srpcd.wire.limits import LINE_OUTSTANDING_MAX, PAYLOAD_MAX
+
+if TYPE_CHECKING:
+    from tests.worker.conftest import Bench, Gate
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, whose files another user calls")
+
+
+def test_calls_go_through_a_line_and_answers_come_in_any_order(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    tags = [gate.start("echo", str(number).encode(), inode, metadata=b"{}") for number in range(5)]
+    requests = [handler.request() for _ in tags]
+    assert [payload for _seq, payload in requests] == [b"0", b"1", b"2", b"3", b"4"]
+    assert len({seq for seq, _payload in requests}) == 5
+    for tag, (seq, payload) in reversed(list(zip(tags, requests, strict=True))):
+        handler.send(frames.CALL_REPLY, seq, b"\0\0\0\2{}" + payload)
+        assert gate.reply(tag) == b"\0\0\0\2{}" + payload
+
+
+def test_metadata_goes_through_unchanged(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    gate.start("echo", b"payload", inode, metadata=b'{"a": 1}')
+    _kind, _seq, body = handler.receive()
+    assert body == bytes(8) + b'\0\0\0\x08{"a": 1}payload'
+
+
+def test_the_handlers_own_error_goes_through_unread(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    tag = gate.start("echo", b"", inode)
+    seq, _payload = handler.request()
+    handler.send(frames.ERROR, seq, b"not even JSON")
+    kind, seq, body = gate.receive()
+    assert (kind, seq) == (ipc.WORKER_ERROR, tag)
+    assert body == ipc.ERROR_HEAD.pack(errno.EIO, ipc.ORIGIN_HANDLER) + b"not even JSON"
+
+
+def test_chmod_binds_at_the_next_call(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    pipe = bench.tree / "echo"
+    mode = pipe.stat().st_mode & 0o7777
+    for _ in range(3):
+        pipe.chmod(0)
+        assert gate.outcome(gate.start("echo", b"", inode)) == errno.EACCES
+        assert handler.silent(0.02)
+        pipe.chmod(mode)
+        tag = gate.start("echo", b"again", inode)
+        seq, payload = handler.request()
+        handler.reply(seq, payload)
+        assert gate.reply(tag) == b"\0\0\0\0again"
+
+
+def test_a_directory_closed_further_up_binds_at_the_next_call(bench: "Bench", gate: "Gate") -> None:
+    (bench.tree / "a/b").mkdir(parents=True)
+    inode, handler = bench.announced(gate, "a/b/echo")
+    (bench.tree / "a").chmod(0)
+    assert gate.outcome(gate.start("a/b/echo", b"", inode)) == errno.EACCES
+    (bench.tree / "a").chmod(0o755)
+    gate.start("a/b/echo", b"", inode)
+    handler.request()
+
+
+def test_another_pipe_at_the_path_is_stale_and_nothing_is_delivered(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    os.rename(bench.tree / "echo", bench.tree / "old")
+    assert gate.outcome(gate.start("echo", b"", inode)) == errno.ENOENT
+    os.mkfifo(bench.tree / "echo")
+    (bench.tree / "echo").chmod(0o666)
+    assert gate.outcome(gate.start("echo", b"", inode)) == errno.ESTALE
+    (bench.tree / "echo").unlink()
+    (bench.tree / "echo").mkdir()
+    assert gate.outcome(gate.start("echo", b"", inode)) == errno.ESTALE
+    assert handler.silent(0.02)
+
+
+def test_permission_is_that_of_the_pipe_whether_or_not_somebody_reads_it(bench: "Bench", gate: "Gate") -> None:
+    inode, _handler = bench.announced(gate)
+    reader = os.open(bench.tree / "echo", os.O_RDONLY | os.O_NONBLOCK)
+    (bench.tree / "echo").chmod(0o400)
+    assert gate.outcome(gate.start("echo", b"", inode)) == errno.EACCES
+    os.close(reader)
+
+
+def test_a_directory_can_not_be_called(bench: "Bench", gate: "Gate") -> None:
+    (bench.tree / "d").mkdir()
+    assert gate.outcome(gate.start("d")) == errno.EISDIR
+
+
+def test_nobody_serves_it_is_told_after_a_second(bench: "Bench", gate: "Gate") -> None:
+    os.mkfifo(bench.tree / "echo")
+    (bench.tree / "echo").chmod(0o666)
+    dev, ino, _kind = gate.walk("echo")
+    begin = time.monotonic()
+    tag = gate.start("echo", b"", (dev, ino))
+    assert bench.told() == ipc.LinesWanted("echo", dev, ino)
+    bench.send(ipc.Lines(dev, ino, 0))
+    assert gate.outcome(tag) == errno.ENXIO
+    assert 0.95 < time.monotonic() - begin < 1.4
+
+
+def test_a_call_that_waits_goes_to_the_service_that_comes_back(bench: "Bench", gate: "Gate") -> None:
+    os.mkfifo(bench.tree / "echo")
+    (bench.tree / "echo").chmod(0o666)
+    dev, ino, _kind = gate.walk("echo")
+    tag = gate.start("echo", b"patient", (dev, ino))
+    bench.told()
+    bench.send(ipc.Lines(dev, ino, 0))
+    time.sleep(0.3)
+    handler = bench.line((dev, ino))
+    seq, payload = handler.request()
+    handler.reply(seq, payload)
+    assert gate.reply(tag) == b"\0\0\0\0patient"
+
+
+def test_a_call_that_waited_is_checked_again_before_it_is_delivered(bench: "Bench", gate: "Gate") -> None:
+    os.mkfifo(bench.tree / "echo")
+    (bench.tree / "echo").chmod(0o666)
+    dev, ino, _kind = gate.walk("echo")
+    tag = gate.start("echo", b"", (dev, ino))
+    bench.told()
+    (bench.tree / "echo").chmod(0)
+    handler = bench.line((dev, ino))
+    assert gate.outcome(tag) == errno.EACCES
+    assert handler.silent(0.02)
+
+
+def test_what_the_monitors_probe_found_is_told_and_the_next_call_asks_again(bench: "Bench", gate: "Gate") -> None:
+    os.mkfifo(bench.tree / "echo")
+    (bench.tree / "echo").chmod(0o666)
+    dev, ino, _kind = gate.walk("echo")
+    for number in (errno.EACCES, errno.EAGAIN):
+        tags = [gate.start("echo", b"", (dev, ino)) for _ in range(2)]
+        assert bench.told() == ipc.LinesWanted("echo", dev, ino)
+        bench.send(ipc.Lines(dev, ino, number))
+        assert [gate.outcome(tag) for tag in tags] == [number, number]
+
+
+def test_calls_go_to_the_line_with_the_fewest_outstanding(bench: "Bench", gate: "Gate") -> None:
+    inode, first = bench.announced(gate)
+    second = bench.line(inode)
+    gate.walk("echo")  # so that the second line is known
+    time.sleep(0.05)
+    for _ in range(6):
+        gate.start("echo", b"", inode)
+    for handler in (first, second):
+        for _ in range(3):
+            handler.request()
+    assert first.silent(0.02)
+    assert second.silent(0.02)
+
+
+def test_each_call_of_a_handler_that_dies_gets_exactly_one_error(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    tags = [gate.start("echo", b"", inode) for _ in range(10)]
+    requests = [handler.request() for _ in tags]
+    handler.reply(requests[3][0], b"before it died")
+    handler.close()
+    got = {}
+    for _ in tags:
+        kind, tag, _body = gate.receive()
+        got[tag] = kind
+    assert got.pop(tags[3]) == ipc.CALLED  # what it wrote before it died counts
+    assert set(got) == set(tags) - {tags[3]}
+    assert set(got.values()) == {ipc.WORKER_ERROR}
+    assert gate.silent()
+    assert bench.told() == ipc.LineGone(handler.number)
+
+
+def test_after_a_handlers_death_the_next_call_asks_for_another_line(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    handler.close()
+    assert bench.told() == ipc.LineGone(handler.number)
+    tag = gate.start("echo", b"next", inode)
+    assert bench.told() == ipc.LinesWanted("echo", *inode)
+    other = bench.line(inode)
+    seq, payload = other.request()
+    other.reply(seq, payload)
+    assert gate.reply(tag) == b"\0\0\0\0next"
+
+
+def test_other_lines_are_not_disturbed_by_a_death(bench: "Bench", gate: "Gate") -> None:
+    inode, first = bench.announced(gate)
+    other, second = bench.announced(gate, "other")
+    tag = gate.start("other", b"", other)
+    seq, _payload = second.request()
+    lost = gate.start("echo", b"", inode)
+    first.request()
+    first.close()
+    assert gate.outcome(lost) == errno.ECONNRESET
+    second.reply(seq, b"well")
+    assert gate.reply(tag) == b"\0\0\0\0well"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        frames.frame(frames.CALL_REPLY, 999, bytes(4)),
+        frames.frame(frames.CALL, 2, bytes(12)),
+        frames.frame(frames.CALL_REPLY, 2, b"\0\0"),
+        frames.frame(frames.CALL_REPLY, 2, b"\0\0\0\5{}"),
+        frames.HEADER.pack(frames.CALL_REPLY, 2, 1 << 63),
+        frames.HEADER.pack(frames.ERROR, 2, 1 << 20),
+    ],
+)
+def test_a_handler_that_breaks_the_protocol_loses_its_line(bench: "Bench", gate: "Gate", answer: bytes) -> None:
+    inode, handler = bench.announced(gate)
+    tag = gate.start("echo", b"", inode)
+    assert handler.request()[0] == 2
+    handler.send_raw(answer)
+    assert gate.outcome(tag) == errno.ECONNRESET
+    assert bench.told() == ipc.LineGone(handler.number)
+    with pytest.raises(EOFError):
+        handler.receive()
+
+
+def test_a_flushed_call_is_cancelled_at_once_and_its_late_answer_dropped(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    tag = gate.start("echo", b"", inode)
+    seq, _payload = handler.request()
+    gate.send(ipc.FLUSH, 5, ipc.FLUSH_BODY.pack(tag))
+    assert gate.outcome(tag) == errno.ECANCELED
+    assert gate.receive() == (ipc.FLUSHED, 5, b"")
+    assert handler.receive() == (frames.FLUSH, 0, frames.SEQ.pack(seq))
+    handler.reply(seq, b"late")
+    assert gate.silent()
+    tag = gate.start("echo", b"", inode)
+    other, _payload = handler.request()
+    assert other > seq
+    handler.reply(other, b"fine")
+    assert gate.reply(tag) == b"\0\0\0\0fine"
+
+
+def test_flush_of_what_is_not_outstanding_is_answered_at_once(gate: "Gate") -> None:
+    gate.send(ipc.FLUSH, 5, ipc.FLUSH_BODY.pack(4))
+    assert gate.receive() == (ipc.FLUSHED, 5, b"")
+
+
+def test_a_call_that_waits_for_a_line_can_be_flushed(bench: "Bench", gate: "Gate") -> None:
+    os.mkfifo(bench.tree / "echo")
+    (bench.tree / "echo").chmod(0o666)
+    tag = gate.start("echo")
+    gate.send(ipc.FLUSH, 5, ipc.FLUSH_BODY.pack(tag))
+    assert gate.outcome(tag) == errno.ECANCELED
+    assert gate.receive() == (ipc.FLUSHED, 5, b"")
+
+
+def test_the_calls_of_a_closed_connection_are_flushed_without_a_word(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    gate.start("echo", b"", inode)
+    seq, _payload = handler.request()
+    gate.send(ipc.CLOSE, 1)
+    assert handler.receive() == (frames.FLUSH, 0, frames.SEQ.pack(seq))
+    assert gate.silent()
+
+
+def test_a_gate_that_is_gone_has_its_calls_flushed(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    gate.start("echo", b"", inode)
+    seq, _payload = handler.request()
+    gate.close()
+    assert handler.receive() == (frames.FLUSH, 0, frames.SEQ.pack(seq))
+    other = bench.gate()
+    tag = other.start("echo", b"hello", inode)
+    seq, payload = handler.request()
+    handler.reply(seq, payload)
+    assert other.reply(tag) == b"\0\0\0\0hello"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        frames.frame(99, 1),
+        frames.frame(ipc.CALL, 1, b"short"),
+        frames.frame(ipc.CALL, 1, ipc.CALL_HEAD.pack(1, 2, 3, 60000) + b"path"),
+        frames.frame(ipc.CALL, 1, ipc.CALL_HEAD.pack(77, 2, 3, 4) + b"echo" + bytes(4)),
+        frames.frame(ipc.CALL, 1, ipc.CALL_HEAD.pack(1, 2, 3, 4) + b"echo" + b"\0\0\0\7{}"),
+        frames.frame(ipc.STAT, 1, b"short"),
+        frames.frame(ipc.FLUSH, 1, b"short"),
+        frames.frame(ipc.OPEN, 3, b"nul\0"),
+        frames.HEADER.pack(ipc.CALL, 1, (1 << 64) - 1),
+    ],
+)
+def test_a_gate_that_breaks_the_protocol_loses_its_link_and_others_go_on(bench: "Bench", gate: "Gate", broken: bytes) -> None:
+    other = bench.gate()
+    gate.send_raw(broken)
+    with pytest.raises(EOFError):
+        gate.receive()
+    other.walk("")
+    assert "broke the protocol" in bench.standard_error()
+
+
+def test_a_tag_that_is_in_use_breaks_the_protocol(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    tag = gate.start("echo", b"", inode)
+    seq, _payload = handler.request()
+    gate.tag -= 1
+    assert gate.start("echo", b"", inode) == tag
+    with pytest.raises(EOFError):
+        gate.receive()
+    assert handler.receive() == (frames.FLUSH, 0, frames.SEQ.pack(seq))
+
+
+def test_the_deadline_ends_a_call_and_tells_the_handler(start: "Callable[..., Bench]") -> None:
+    bench = start(call_timeout=300)
+    gate = bench.gate()
+    inode, handler = bench.announced(gate)
+    begin = time.monotonic()
+    tag = gate.start("echo", b"", inode)
+    seq, _payload = handler.request()
+    assert gate.outcome(tag) == errno.ETIMEDOUT
+    assert 0.28 < time.monotonic() - begin < 0.6
+    assert handler.receive() == (frames.FLUSH, 0, frames.SEQ.pack(seq))
+
+
+def test_a_handler_that_never_answers_does_not_collect_calls_without_end(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    for _ in range(LINE_OUTSTANDING_MAX):
+        tag = gate.start("echo", b"", inode)
+        gate.send(ipc.FLUSH, 5, ipc.FLUSH_BODY.pack(tag))
+        seq, _payload = handler.request()
+        assert gate.outcome(tag) == errno.ECANCELED
+        assert gate.receive()[0] == ipc.FLUSHED
+        assert handler.receive()[0] == frames.FLUSH
+    assert gate.outcome(gate.start("echo", b"", inode)) == errno.EAGAIN
+    handler.reply(seq, b"")
+    time.sleep(0.05)
+    tag = gate.start("echo", b"", inode)
+    handler.reply(handler.request()[0], b"")
+    assert gate.outcome(tag) == 0
+
+
+def test_the_largest_payload_goes_both_ways(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    payload = os.urandom(1 << 20) * (PAYLOAD_MAX >> 20)
+
+    def serve() -> None:
+        seq, got = handler.request(10)
+        handler.reply(seq, got)
+
+    service = threading.Thread(target=serve)
+    service.start()
+    assert gate.call("echo", payload, inode, 10) == payload
+    service.join()
+
+
+def test_a_stuck_handler_holds_up_no_other_and_is_given_up(start: "Callable[..., Bench]") -> None:
+    bench = start(call_timeout=600)
+    gate = bench.gate()
+    inode, stuck = bench.announced(gate)
+    other, handler = bench.announced(gate, "other")
+    tag = gate.start("echo", bytes(1 << 20), inode)  # nobody reads it
+    good = gate.start("other", b"", other)
+    seq, _payload = handler.request()
+    handler.reply(seq, b"")
+    assert gate.outcome(good) == 0
+    assert gate.outcome(tag) == errno.ETIMEDOUT
+    assert bench.told() == ipc.LineGone(stuck.number)
+
+
+def test_a_line_whose_announcement_ended_takes_no_new_calls_but_may_answer_its_old(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    tag = gate.start("echo", b"", inode)
+    seq, _payload = handler.request()
+    bench.send(ipc.LineOver(handler.number))
+    time.sleep(0.05)
+    late = gate.start("echo", b"", inode)
+    assert bench.told() == ipc.LinesWanted("echo", *inode)
+    handler.reply(seq, b"done")
+    assert gate.reply(tag) == b"\0\0\0\0done"
+    assert bench.told() == ipc.LineGone(handler.number)
+    with pytest.raises(EOFError):
+        handler.receive()
+    bench.send(ipc.Lines(*inode, 0))
+    assert gate.outcome(late) == errno.ENXIO
+
+
+def test_a_line_of_named_pipes_that_the_service_opens_later_is_waited_for(bench: "Bench", gate: "Gate", tmp_path: Path) -> None:
+    os.mkfifo(bench.tree / "echo")
+    (bench.tree / "echo").chmod(0o666)
+    dev, ino, _kind = gate.walk("echo")
+    tag = gate.start("echo", b"hello", (dev, ino))
+    bench.told()
+    os.mkfifo(tmp_path / "recv")
+    os.mkfifo(tmp_path / "send")
+    held = os.open(tmp_path / "recv", os.O_RDWR)
+    recv = os.open(tmp_path / "recv", os.O_WRONLY)
+    send = os.open(tmp_path / "send", os.O_RDONLY | os.O_NONBLOCK)
+    bench.send(ipc.Line(9, dev, ino), recv, send)
+    bench.send(ipc.Lines(dev, ino, 0))
+    assert gate.silent(0.2)  # nobody has opened `send` yet: that is no end of file
+    mine = os.open(tmp_path / "recv", os.O_RDONLY), os.open(tmp_path / "send", os.O_WRONLY)
+    os.close(held)
+    data = os.read(mine[0], 65536)
+    kind, seq, _length = frames.HEADER.unpack_from(data)
+    assert kind == frames.CALL
+    os.write(mine[1], frames.frame(frames.CALL_REPLY, seq, bytes(4)))
+    assert gate.outcome(tag) == 0
+    os.close(mine[0])
+    assert bench.told() == ipc.LineGone(9)
+    os.close(mine[1])
+
+
+@needs_root
+def test_nothing_is_left_open_after_300_calls_and_lines(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    handler.close()
+    bench.told()
+    before = bench.descriptors()
+    for _ in range(100):
+        tags = [gate.start("echo", b"", inode) for _ in range(3)]
+        bench.told()
+        handler = bench.line(inode)
+        for _ in tags:
+            handler.reply(handler.request()[0], b"")
+        assert [gate.outcome(tag) for tag in tags] == [0, 0, 0]
+        handler.close()
+        assert bench.told() == ipc.LineGone(handler.number)
+        gate.walk("")
+    assert bench.descriptors() == before
+
+
+def test_a_gate_that_reads_slowly_stops_the_reading_of_handlers(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    tags = [gate.start("echo", b"", inode) for _ in range(40)]
+    written = 0
+    os.set_blocking(handler.fds[1], False)
+    data = b"".join(frames.frame(frames.CALL_REPLY, handler.request()[0], bytes(1 << 20)) for _ in tags)
+    end = time.monotonic() + 0.7
+    while time.monotonic() < end and written < len(data):
+        try:
+            written += os.write(handler.fds[1], data[written : written + 65536])
+        except BlockingIOError:
+            time.sleep(0.01)
+    assert written < 8 << 20  # 40 MiB are to be had, and the gate has taken nothing
+
+    def rest() -> None:
+        os.set_blocking(handler.fds[1], True)
+        handler.send_raw(data[written:])
+
+    service = threading.Thread(target=rest)
+    service.start()
+    assert [gate.outcome(tag) for tag in tags] == [0] * 40
+    service.join()
