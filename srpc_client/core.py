@@ -73,11 +73,14 @@ class ClientCore(Generic[W]):
         "_seq",
         "_to_flush",
         "failure",
+        "waiting",
     )
 
     def __init__(self) -> None:
         self.failure: SrpcError | None = None
         """Why the connection can't go on; None while it can."""
+        self.waiting = 0
+        """Bytes in `take`."""
         self._reader = frames.FrameReader(frames.REPLIES)
         self._outstanding: dict[int, tuple[int, W | None]] = {}  # seq: (type of the reply wanted, who waits for it)
         self._out: list[bytes] = []
@@ -104,8 +107,10 @@ class ClientCore(Generic[W]):
             )
         seq = self._seq = self._seq + 1
         self._outstanding[seq] = (frames.CALL_REPLY, waiter)
-        head = _CALL.pack(frames.CALL, seq, 12 + len(metadata) + len(payload), fid, len(metadata))
+        length = 12 + len(metadata) + len(payload)
+        head = _CALL.pack(frames.CALL, seq, length, fid, len(metadata))
         self._out.append(b"%b%b%b" % (head, metadata, payload))
+        self.waiting += 20 + length
         return seq
 
     def request(self, kind: int, body: bytes, waiter: W | None) -> int:
@@ -123,6 +128,7 @@ class ClientCore(Generic[W]):
         if kind == frames.LISTEN:
             self._listening += 1
         self._out.append(frames.frame(kind, seq, body))
+        self.waiting += 20 + len(body)
         return seq
 
     def cancel(self, seq: int, fid: int = 0) -> None:
@@ -164,20 +170,14 @@ class ClientCore(Generic[W]):
         """Whether so much is outstanding that a new call had better wait (the server would say EAGAIN)."""
         return len(self._outstanding) >= BUSY
 
-    @property
-    def to_send(self) -> bool:
-        """Whether something waits to be sent."""
-        return bool(self._out)
-
     def take(self) -> bytes:
         """What is to be sent now, all of it."""
         out = self._out
-        if len(out) == 1:
-            return out.pop()
         if not out:
             return b""
-        data = b"".join(out)
+        data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
+        self.waiting = 0
         return data
 
     def receive(self, data: bytes) -> list[tuple[W, Any, CallError | None]]:
@@ -249,7 +249,7 @@ class ClientCore(Generic[W]):
             self.failure = failure or ConnectionLost(message=said)
         waiters = [waiter for _kind, waiter in self._outstanding.values() if waiter is not None]
         self._outstanding.clear()
-        self._out.clear()
+        self.take()
         self._to_flush.clear()
         self._orphans.clear()
         self._listening = self._flushes = 0

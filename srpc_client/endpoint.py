@@ -155,15 +155,13 @@ def open_line(socket_path: str, line: int) -> tuple[int, int]:
     where = os.path.dirname(socket_path) or "."
     try:
         directory = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        for element in ("lines", str(uid), str(line)):
-            where = os.path.join(where, element)
-            try:
-                inner = os.open(element, _DIRECTORY, dir_fd=directory)
-            finally:
-                os.close(directory)
-            directory = inner
-            _check_owner(os.fstat(directory), where, uid)
         try:
+            for element in ("lines", str(uid), str(line)):
+                where = os.path.join(where, element)
+                inner = os.open(element, _DIRECTORY, dir_fd=directory)
+                os.close(directory)
+                directory = inner
+                _check_owner(os.fstat(directory), where, uid)
             receive = _open_pipe("recv", directory, _READ, where)
             try:
                 return receive, _open_pipe("send", directory, _WRITE, where)

@@ -75,7 +75,7 @@ class Line:
 
     async def __anext__(self) -> Request:
         while not self._over.is_set():
-            if self._requests and len(self._unsent) <= HIGH_WATER:
+            if self._requests and self._backlog <= HIGH_WATER:
                 request = self._requests.popleft()
                 self._size -= len(request.payload)
                 self._read_on()
@@ -103,7 +103,7 @@ class Line:
 
     def _read_on(self) -> None:
         """Read, or stop reading, as the bounds want it."""
-        wanted = self._size <= HIGH_WATER and len(self._unsent) <= HIGH_WATER and not self._over.is_set()
+        wanted = self._size <= HIGH_WATER and self._backlog <= HIGH_WATER and not self._over.is_set()
         if wanted == self._reading:
             return
         self._reading = wanted
@@ -140,17 +140,26 @@ class Line:
 
     # --- handling -------------------------------------------------------------------------------------------------
 
+    @property
+    def _backlog(self) -> int:
+        """Bytes of replies that the caller has not taken."""
+        return len(self._unsent) + self._core.waiting
+
     def _work(self, handler: "Handler") -> None:
         """Begin what may be begun. Synchronous answers go out together, unless that would keep the first one waiting."""
         self._working = True
         begun = monotonic()
-        while self._requests and len(self._tasks) < CONCURRENT_MAX and len(self._unsent) <= HIGH_WATER:
+        while self._requests and len(self._tasks) < CONCURRENT_MAX:
+            if self._backlog > HIGH_WATER:
+                self._flush()
+                if self._backlog > HIGH_WATER:
+                    break
             request = self._requests.popleft()
             self._size -= len(request.payload)
             awaitable = begin(handler, request)
             if awaitable is not None:
                 self._start(request, awaitable)
-            elif self._core.waiting > HIGH_WATER or monotonic() - begun > PATIENCE:
+            elif monotonic() - begun > PATIENCE:
                 self._flush()
                 begun = monotonic()
         self._working = False
@@ -187,10 +196,14 @@ class Line:
     def _submit(self) -> None:
         if not self._scheduled and not self._working and not self._unsent:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._write)
+
+    def _write(self) -> None:
+        self._scheduled = False
+        self._flush()
+        self._go_on()
 
     def _flush(self) -> None:
-        self._scheduled = False
         if self._over.is_set():
             return
         waited = len(self._unsent) > 0
@@ -212,9 +225,7 @@ class Line:
             if waited:
                 self._loop.remove_writer(self._send)
             else:
-                self._loop.add_writer(self._send, self._flush)
-        if waited:
-            self._go_on()
+                self._loop.add_writer(self._send, self._write)
 
     # --- the end --------------------------------------------------------------------------------------------------
 

@@ -53,11 +53,12 @@ Procedure: TypeAlias = Generator[Step, Any, T]
 
 
 class Place(NamedTuple):
-    """What a fid stands for."""
+    """What a fid stands for. generation: of the session, when the fid was made."""
 
     fid: int
     qid: str
     is_dir: bool
+    generation: int = 0
 
 
 class SessionState:
@@ -227,7 +228,7 @@ def place_of(book: Book, session: SessionState, path: str) -> Procedure[Place]:
     if other is not None:  # somebody else walked there at the same time
         yield Forget(fid)
         return other
-    place = Place(fid, reply.qid, reply.is_dir)
+    place = Place(fid, reply.qid, reply.is_dir, generation)
     if generation == session.generation:
         surplus = book.put(session, path, place)
         if surplus:
@@ -263,6 +264,8 @@ def on_path(
                 return (yield request(place.fid))
             except CallError as fault:
                 refusal = fault
+        if place is not None:
+            generation = place.generation  # the attempt may be older than a renewal by somebody else
         if refusal.errno == EKEYEXPIRED and not renewed:
             renewed = True
             yield from _renew(book, session, generation, refusal, certain=False)

@@ -5,11 +5,18 @@ at once. A lone request is sent straight away.
 """
 
 import asyncio
+from collections import deque
 from typing import Any, Protocol
 
-from srpc_client.core import ClientCore
+from srpc_client.core import BUSY, ClientCore
 from srpc_client.errors import ConnectionLost, SrpcError
 from srpc_client.link import Link
+
+HIGH_WATER = 1024 * 1024
+"""Bytes that may wait to be sent; above that callers wait in `room`."""
+
+TURNS = 64
+"""Callers that leave `room` at once: each of them may bring as much as would fill it again."""
 
 
 class Waiter(Protocol):
@@ -30,7 +37,7 @@ class Pump:
         self._unsent: bytes | memoryview = b""
         self._scheduled = False
         self._closed = False
-        self._room: asyncio.Event | None = None
+        self._waiting: deque[asyncio.Future[None]] = deque()  # in `room`, first come first served
         self.over = asyncio.Event()
         """Set when the connection has ended, for whatever reason."""
         self._loop.add_reader(link.fd, self._on_readable)
@@ -47,17 +54,26 @@ class Pump:
 
     @property
     def crowded(self) -> bool:
-        """Whether callers have to wait in `room`: the server takes no more, and requests queue up behind that."""
-        return self.core.busy or (len(self._unsent) > 0 and self.core.to_send)
+        """Whether callers have to wait in `room`: the server takes no more, or others wait already."""
+        return self._full or len(self._waiting) > 0
+
+    @property
+    def _full(self) -> bool:
+        return self.core.busy or len(self._unsent) + self.core.waiting > HIGH_WATER
 
     async def room(self) -> None:
-        """Wait until there is room for another request. Raises ConnectionLost."""
-        while self.crowded:
-            if self.core.failure is not None:
-                raise self.core.lost()
-            if self._room is None:
-                self._room = asyncio.Event()
-            await self._room.wait()
+        """Wait until there is room for another request, or the connection is over."""
+        turn = self._loop.create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+            while self._full and not self._closed:  # those before it have filled it again
+                turn = self._loop.create_future()
+                self._waiting.appendleft(turn)
+                await turn
+        except asyncio.CancelledError:
+            self._wake()  # its turn may have been another's
+            raise
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -85,9 +101,13 @@ class Pump:
             self._wake()
 
     def _wake(self) -> None:
-        if self._room is not None and not self.crowded:
-            self._room.set()
-            self._room = None
+        # As many as there is room for, and not all of them: thousands may wait, and each answer makes room for one.
+        room = 0 if self._full else min(BUSY - self.core.outstanding, TURNS)
+        while self._waiting and room > 0:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                room -= 1
 
     def _on_readable(self) -> None:
         try:
@@ -111,9 +131,9 @@ class Pump:
         if core.failure is not None:
             self.lose()
             return
-        if self._room is not None:
+        if self._waiting:
             self._wake()
-        if core.to_send:
+        if core.waiting:
             self.submit()
 
     def lose(self, failure: SrpcError | None = None) -> None:
@@ -128,9 +148,10 @@ class Pump:
             if not waiter.done():
                 waiter.set_exception(self.core.lost())
         self._unsent = b""
-        if self._room is not None:
-            self._room.set()
-            self._room = None
+        while self._waiting:  # all of them: their requests will fail by themselves
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
         self.over.set()
 
     def say_goodbye(self) -> None:

@@ -4,33 +4,35 @@
     json    {"time":"2025-01-31T12:00:00.123Z","level":"info","event":"connection","conn":12,"gate":"tls","peer":"192.0.2.7"}
 
 The text form carries no time (the journal does) and names its level only where that is not `info`. Never a payload,
-never a secret: this module knows neither, and nobody hands it any.
+never a secret: this module knows neither, and nobody hands it any. The text form says errno by name, JSON by number.
 
-| event          | when                                            | fields                                            |
-| -------------- | ----------------------------------------------- | ------------------------------------------------- |
-| start          | the daemon begins                               | version, mode, pid, tree                          |
-| listen         | a socket listens                                | gate, address                                     |
-| ready          | every gate serves                               | tcp (comma-separated), local, pin                 |
-| stop           | the daemon ends                                 | reason                                            |
-| connection     | one was accepted, or is over                    | state, conn, gate, peer, uid (local), reason      |
-| authentication | one has ended                                   | outcome, conn, peer, user, mechanism, aname, reason |
-| attach         | a session begins, goes on, or was not granted   | outcome, conn, peer, user, aname, worker, errno   |
-| announce       | an endpoint is served from now on               | outcome, conn, uid, endpoint, errno               |
-| withdraw       | an announcement has ended                       | conn, uid, endpoint                               |
-| refused        | the kernel or a rule refused walk, stat or call | operation, conn, peer, user, endpoint, errno      |
-| process-start  | a gate, worker or other child runs              | role, pid, user                                   |
-| process-end    | it has ended                                    | role, pid, user, status, reason                   |
-| limit          | a bound was met                                 | which, peer, user                                 |
-| gate-restart   | a gate died and is started again                | gate, status, wait                                |
-| child-output   | a line of a child's standard error              | role, pid, text                                   |
-| warning        | something that an administrator should look at  | text, and what it is about                        |
-| log-dropped    | lines were lost: nobody read standard error     | lines                                             |
+| event          | when                                            | fields                                             |
+| -------------- | ----------------------------------------------- | -------------------------------------------------- |
+| start          | the daemon begins                               | version, mode, pid, tree                           |
+| listen         | a socket listens                                | gate, address                                      |
+| ready          | every gate serves                               | tcp (comma-separated), local, pin                  |
+| stop           | the daemon ends, or could not start             | reason                                             |
+| connection     | one was accepted, or is over (debug)            | state, conn, gate, peer                            |
+| authentication | one has ended (errno and reason: why refused)   | outcome, conn, peer, user, mechanism, aname, errno |
+| attach         | a session begins, or was not granted            | outcome, conn, peer, user, aname, errno, reason    |
+| announce       | an endpoint is served from now on, or is not    | outcome, conn, uid, endpoint, errno, reason        |
+| withdraw       | an announcement has ended                       | conn, peer, endpoint                               |
+| refused        | the kernel or a rule refused walk, stat or call | operation, conn, peer, user, endpoint, errno       |
+| process-start  | a gate, worker or other child runs              | role, name, pid                                    |
+| process-end    | it has ended                                    | role, name, pid, status                            |
+| process-kill   | it was killed for what it did                   | role, name, pid, reason                            |
+| limit          | a bound was met                                 | which, peer, user, endpoint                        |
+| gate-restart   | a gate died and is started again                | gate, status, wait                                 |
+| child-output   | a line of a child's standard error              | role, name, pid, text                              |
+| warning        | something that an administrator should look at  | text, and what it is about                         |
+| log-dropped    | lines were lost: nobody read standard error     | lines                                              |
 
 Fields say what a peer said, so a value can't leave its place: whatever is not a plain word is quoted as in JSON, with
 everything escaped that is not printable (Unicode's sense: line ends, terminal controls, direction overrides, unpaired
 surrogates), and cut at `VALUE_MAX`. Writing never waits and never raises: the daemon outlives whoever reads its log.
 """
 
+import errno as _errno
 import os
 import select
 import stat
@@ -105,7 +107,7 @@ class Log:
                 plain = value and _PLAIN.issuperset(value)
                 parts.append(f"{name}={_cut(value, longest) if plain else _quote(value, longest)}")
             elif value is not None:
-                parts.append(f"{name}={int(value)}")
+                parts.append(f"{name}={_errno.errorcode.get(value, value) if name == 'errno' else int(value)}")
         return " ".join(parts)
 
     def _as_json(self, level: str, event: str, fields: Mapping[str, Value], longest: int) -> str:

@@ -51,11 +51,13 @@ def written(tmp_path: Path, value: str, format: str) -> bytes:
 def test_the_text_form_is_event_and_fields(pipe: Pipe, make_log: MakeLog) -> None:
     log = make_log(pipe[1])
     log.event("info", "attach", conn=3, user="alice", aname="/calc", worker=None, peer="[2001:db8::1]:7", text="two words")
-    log.event("warning", "limit", which="connections", empty="")
+    log.event("warning", "refused", empty="", errno=13)
+    log.event("info", "refused", errno=4095)
     text = os.read(pipe[0], 4096).decode()
     assert text == (
         'attach conn=3 user=alice aname=/calc peer=[2001:db8::1]:7 text="two words"\n'
-        'limit level=warning which=connections empty=""\n'
+        'refused level=warning empty="" errno=EACCES\n'
+        "refused errno=4095\n"
     )
 
 

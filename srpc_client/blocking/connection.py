@@ -17,7 +17,7 @@ from srpc_client.blocking import reach
 from srpc_client.core import BUSY, ClientCore
 from srpc_client.errors import CallError, CallTimeout, ConnectionLost, SrpcError
 from srpc_client.link import Link
-from srpc_client.procedures import Ask, Book, Forget, Pause, Procedure, SessionState
+from srpc_client.procedures import Ask, Book, Forget, Pause, Place, Procedure, SessionState
 from srpc_client.requests import Reply, Send
 from srpcd.wire.messages import Mechanism, PingReply, Prompt, StatReply
 
@@ -271,7 +271,7 @@ class Connection:
             slot.done = True
         if core.failure is not None:
             self._lose(None)
-        elif core.to_send:
+        elif core.waiting:
             self._send()
 
     def _lose(self, failure: SrpcError | None) -> None:
@@ -371,7 +371,7 @@ class Session:
         or closed, nothing else may be called on this connection from inside of the loop but with its own answers.
         """
         connection, core = self.connection, self.connection._core
-        flying: deque[tuple[_Slot, int, bytes]] = deque()
+        flying: deque[tuple[_Slot, int, bytes, Place]] = deque()
         waiting = iter(payloads)
         bound = min(window, BUSY)
         more = True
@@ -388,18 +388,18 @@ class Session:
                     if place is None:
                         place = connection._run(procedures.place_of(self._book, self._state, path))
                     slot = _Slot()
-                    flying.append((slot, core.call(place.fid, payload, b"", slot), payload))
+                    flying.append((slot, core.call(place.fid, payload, b"", slot), payload, place))
                 if not flying:
                     return
                 reply = self._first(path, *flying[0])
                 flying.popleft()
                 yield reply
         finally:
-            for _slot, seq, _payload in flying:
+            for _slot, seq, _payload, _place in flying:
                 core.cancel(seq)
             connection._send()
 
-    def _first(self, path: str, slot: _Slot, seq: int, payload: bytes) -> bytes:
+    def _first(self, path: str, slot: _Slot, seq: int, payload: bytes, place: Place) -> bytes:
         """The reply that `call_many` has to give next."""
         connection = self.connection
         connection._claim()
@@ -408,7 +408,7 @@ class Session:
         finally:
             connection._mine.release()
         if isinstance(slot.error, CallError) and slot.error.errno in procedures.RETRIED:
-            return self._slowly(path, payload, b"", None, self._book.get(self._state, path), slot.error)[0]
+            return self._slowly(path, payload, b"", None, place, slot.error)[0]
         if slot.error is not None:
             raise slot.error
         return slot.reply[0]  # type: ignore[no-any-return]

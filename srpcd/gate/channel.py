@@ -21,8 +21,8 @@ BATCH = 64
 class Channel:
     """The two ends that the gate has inherited.
 
-    dispatch: takes each message and its descriptors. relieved: called when the queue is short again.
-    congested: whether clients should wait. Ends the process when the monitor is gone.
+    dispatch: takes each message and its descriptors. congested: whether clients should wait. changed: called when that
+    has changed. Ends the process when the monitor is gone.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Channel:
         sock: socket.socket,
         pipe: int,
         dispatch: Callable[[ipc.Message, list[int]], None],
-        relieved: Callable[[], None],
+        changed: Callable[[], None],
     ) -> None:
         self.congested = False
         self._loop = loop
         self._sock = sock
         self._pipe = pipe
         self._dispatch = dispatch
-        self._relieved = relieved
+        self._changed = changed
         self._queue: deque[ipc.Message] = deque()
         sock.setblocking(False)
         os.set_blocking(pipe, False)
@@ -55,8 +55,9 @@ class Channel:
             except BrokenPipeError:
                 os._exit(0)
         self._queue.append(message)
-        if len(self._queue) > QUEUE_HIGH:
+        if len(self._queue) > QUEUE_HIGH and not self.congested:
             self.congested = True
+            self._changed()
         if len(self._queue) > QUEUE_MAX:
             raise RuntimeError("the monitor does not read")
 
@@ -72,7 +73,7 @@ class Channel:
             os._exit(0)
         if self.congested and len(self._queue) <= QUEUE_LOW:
             self.congested = False
-            self._relieved()
+            self._changed()
 
     def _readable(self) -> None:
         for _ in range(BATCH):

@@ -332,10 +332,9 @@ class Connection:
             self.session.called(forward, body)
             return
         refusal = give(self.session, forward, kind, body)
-        if refusal in (EACCES, EPERM):
-            if self._refusals.told(self._loop.time()):
-                path = forward.place.path.decode()
-                self._tell(ipc.Refusal(self.number, forward.session, OPERATIONS[forward.kind], path, refusal))
+        if refusal in (EACCES, EPERM) and self._refusals.told(self._loop.time()):
+            path = forward.place.path.decode()
+            self._tell(ipc.Refusal(self.number, forward.session, OPERATIONS[forward.kind], path, refusal))
 
     def failed(self, forward: Forward, errno: int) -> None:
         """A worker died with the request. `settle` follows."""

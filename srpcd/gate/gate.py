@@ -35,7 +35,7 @@ class Gate:
         self.limits = config.limits
         self.connections: dict[int, Connection] = {}
         self.links: dict[int, Link] = {}
-        self.channel = Channel(loop, sock, pipe, self._dispatch, self._relieved)
+        self.channel = Channel(loop, sock, pipe, self._dispatch, self._congestion_changed)
         self._tree = config.paths.tree
         self._context = context
         self._draining = False
@@ -98,7 +98,7 @@ class Gate:
             ipc.close_all(fds)
         return link
 
-    def _relieved(self) -> None:
+    def _congestion_changed(self) -> None:
         for connection in list(self.connections.values()):
             connection.update()
 

@@ -416,9 +416,7 @@ class Monitor:
             else:
                 errno, chain = await self._probe(identity, path, os.O_RDONLY)
                 if not errno:
-                    number = next(self._numbers)
-                    warning = self._register(connection, number, identity.uid, path, chain)
-                    gate.send(ipc.Announced(connection.number, request, number, warning))
+                    warning = self._register(connection, request, identity.uid, path, chain)
             if errno:
                 gate.send(ipc.Refused(connection.number, request, errno, text))
         finally:
@@ -428,19 +426,20 @@ class Monitor:
             endpoint="/" + path, errno=errno or None, reason=text or warning or None,
         )  # fmt: skip
 
-    def _register(self, connection: Connection, number: int, uid: int, path: str, chain: list[int]) -> str:
-        """Enter a server; its callers get lines. Returns a warning, or nothing."""
-        endpoint = self.register.endpoint(path, chain)
+    def _register(self, connection: Connection, request: int, uid: int, path: str, chain: list[int]) -> str:
+        """Enter a server, tell it so, and give its callers lines. Returns a warning, or nothing."""
+        endpoint, number = self.register.endpoint(path, chain), next(self._numbers)
         gate, conn = connection.gate, connection.number
         server = Announcement(number, uid, lambda line: gate.send(ipc.NewLine(conn, number, line)))
         endpoint.servers.append(server)
         connection.announcements[number] = endpoint, server
+        mode, warning = os.fstat(endpoint.chain[-1]).st_mode, ""
+        if mode & 0o060 == 0o060 or mode & 0o006 == 0o006:
+            warning = f"mode {mode & 0o777:o}: whoever may call this endpoint may also serve it; take read away from callers"
+        gate.send(ipc.Announced(conn, request, number, warning))  # before the lines, which the gate knows by the number
         for worker in list(endpoint.callers):
             self._join(endpoint, server, worker)
-        mode = os.fstat(endpoint.chain[-1]).st_mode
-        if mode & 0o060 == 0o060 or mode & 0o006 == 0o006:
-            return f"mode {mode & 0o777:o}: whoever may call this endpoint may also serve it; take read away from callers"
-        return ""
+        return warning
 
     def withdraw(self, gate: Gate, message: ipc.Withdraw) -> None:
         connection = self.connection(gate, message.conn)

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import stat
-from errno import ENOENT, ENXIO, ESTALE, ETIMEDOUT
+from errno import ENAMETOOLONG, ENOENT, ENXIO, ESTALE, ETIMEDOUT
 from typing import NamedTuple
 
 from srpcd.monitor import launch
@@ -19,6 +19,10 @@ from srpcd.openat2 import O_PATH, open_beneath
 
 SECONDS = 1.0
 """How long a probe may take. The tree is one file system (RESOLVE_NO_XDEV), so nothing in it should block at all."""
+
+
+DEPTH_MAX = 200
+"""Elements of a path: one message carries at most 253 descriptors (SCM_MAX_FD)."""
 
 
 class Proof(NamedTuple):
@@ -85,6 +89,8 @@ def _try(chain: list[int], tree: str, path: str, access: int, inode: tuple[int, 
     root = os.open(tree, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     chain.append(root)
     elements = path.split("/")
+    if len(elements) > DEPTH_MAX:
+        return ENAMETOOLONG
     for depth in range(1, len(elements)):
         chain.append(open_beneath(root, "/".join(elements[:depth]), O_PATH | os.O_DIRECTORY))
     chain.append(open_beneath(root, path, O_PATH))

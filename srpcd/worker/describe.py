@@ -115,10 +115,10 @@ class Listing:
 def _exists(directory: int, name: str) -> bool:
     try:
         return kind_of(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode) is not None
-    except FileNotFoundError:
-        return False
     except PermissionError:  # may be read but not searched: a name is all there is to know
         return True
+    except OSError:
+        return False
 
 
 class Describer:
@@ -199,7 +199,7 @@ class Describer:
             if listing is None or state != self._listed:
                 self._listing = None
                 listing = Listing(directory)
-                if time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > _FRESH:
+                if time_ns() - found.st_ctime_ns > _FRESH:  # mtime may be set to anything, and that sets ctime
                     self._listing, self._listed = listing, state
             self._used = self._loop.now
             self._loop.wake(self._used + LISTING_SECONDS)

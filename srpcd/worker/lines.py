@@ -35,6 +35,11 @@ BUFFER_MAX = 2 * CALL_MAX
 ENDPOINTS_MAX = 1024
 """Endpoints without lines that are remembered. The monitor is asked again for those that were forgotten."""
 
+STUCK_MARGIN = 1.0
+"""Seconds by which a handler may be later than its calls' deadline before it counts as stuck."""
+
+_DRAIN_READS = 256
+
 _CALL_HEAD = Struct("!iQQQ")
 """Header of a call, with the fid 0 that its body begins with."""
 _FULL = "too many calls wait for this handler: try again later"
@@ -43,11 +48,12 @@ _FULL = "too many calls wait for this handler: try again later"
 class Line:
     """A handler's two pipes. write: requests go there; read: replies come from there; both not blocking.
 
+    timeout: seconds for one call.
     lost: called once, when the handler is gone or broke the protocol; `pending` still has its calls then.
     fault: how it broke the protocol, or empty.
     """
 
-    def __init__(self, loop: Loop, write: int, read: int, patience: float, lost: "Callable[[Line], None]") -> None:
+    def __init__(self, loop: Loop, write: int, read: int, timeout: float, lost: "Callable[[Line], None]") -> None:
         self._loop = loop
         self._lost = lost
         self._read = read
@@ -60,7 +66,7 @@ class Line:
         self._retiring = self._ending = False
         self.used = loop.now
         self.fault = ""
-        self.writer = Writer(loop, write, self.end, patience)
+        self.writer = Writer(loop, write, self.end, timeout + STUCK_MARGIN)
         loop.watch(read, EPOLLIN, self._readable, HANDLERS)
 
     def send(self, call: Call) -> bool:
@@ -165,8 +171,8 @@ class Line:
         self.answered = True
 
     def _drain(self) -> None:
-        # Bounded: the largest answer, in reads of at least a page, whatever a handler that lives on may add.
-        for _ in range(CALL_MAX // 4096):
+        # What a dead handler left is no more than the pipe's capacity; one that lives on is not listened to for ever.
+        for _ in range(_DRAIN_READS):
             if self.fault or not self.pending:
                 return
             try:
@@ -201,14 +207,14 @@ class Endpoint:
 class Services:
     """All service endpoints that this worker calls.
 
-    tell: sends a message to the monitor. patience: seconds without progress after which a handler counts as stuck.
+    tell: sends a message to the monitor. timeout: seconds for one call.
     """
 
-    def __init__(self, loop: Loop, tree: Tree, tell: "Callable[[Message], None]", patience: float) -> None:
+    def __init__(self, loop: Loop, tree: Tree, tell: "Callable[[Message], None]", timeout: float) -> None:
         self._loop = loop
         self._tree = tree
         self._tell = tell
-        self._patience = patience
+        self._timeout = timeout
         self._endpoints: dict[tuple[int, int], Endpoint] = {}
         self.waiters: dict[Endpoint, None] = {}
         """Endpoints where calls wait, or did a moment ago."""
@@ -259,7 +265,7 @@ class Services:
             line.fail()
             self._tell(LineGone(number))
 
-        line = Line(self._loop, write, read, self._patience, lost)
+        line = Line(self._loop, write, read, self._timeout, lost)
         self._lines[number] = line, endpoint
         endpoint.lines.append(line)
         calls, endpoint.waiting = list(endpoint.waiting), {}

@@ -152,7 +152,7 @@ class Resident(Started):
         super().__init__(programs, process)
         self.content = content
         self.retired = INFINITY
-        self.line = Line(self._loop, process.stdin, process.stdout, programs.patience, self._lost)
+        self.line = Line(self._loop, process.stdin, process.stdout, programs.timeout, self._lost)
         self.line.writer.add(caller)
 
     def retire(self) -> None:
@@ -180,12 +180,12 @@ class Resident(Started):
 
 
 class Programs:
-    """All programs of this worker. timeout: seconds for one call, and for a resident program to make progress."""
+    """All programs of this worker. timeout: seconds for one call."""
 
     def __init__(self, loop: Loop, tree: Tree, setup: WorkerSetup) -> None:
         self.loop = loop
         self.running: dict[Started, None] = {}
-        self.patience = setup.call_timeout / 1000
+        self.timeout = setup.call_timeout / 1000
         self._tree = tree
         self._setup = setup
         self._owner = setup.uid if setup.personal else 0

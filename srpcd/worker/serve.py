@@ -25,7 +25,7 @@ from srpcd.ipc import (
 )
 from srpcd.wire.errors import ProtocolError, RequestError
 from srpcd.wire.frames import METADATA_LENGTH, FrameReader
-from srpcd.wire.limits import METADATA_MAX, MIB, READ_SIZE
+from srpcd.wire.limits import METADATA_MAX, MIB, PATH_MAX, READ_SIZE
 from srpcd.worker.calls import Call, Calls, Link
 from srpcd.worker.describe import Describer
 from srpcd.worker.lines import Endpoint, Services
@@ -172,7 +172,7 @@ class GateLink(Link):
         conn, dev, ino, length = CALL_HEAD.unpack_from(body)
         begin = _KEY_END + length
         size = len(body) - begin - METADATA_LENGTH.size
-        if size < 0 or METADATA_LENGTH.unpack_from(body, begin)[0] > min(size, METADATA_MAX):
+        if length > PATH_MAX or size < 0 or METADATA_LENGTH.unpack_from(body, begin)[0] > min(size, METADATA_MAX):
             raise ProtocolError(EPROTO, "a CALL whose lengths do not fit", tag)
         if conn not in self._peers or tag in self.calls:
             raise ProtocolError(EPROTO, "a CALL of no connection, or with a tag that is in use", tag)
@@ -202,7 +202,7 @@ class Worker:
         self.loop = Loop()
         self.tree = Tree(setup.tree)
         self.calls = Calls(self.loop, setup.call_timeout / 1000)
-        self.services = Services(self.loop, self.tree, self.tell, setup.call_timeout / 1000)
+        self.services = Services(self.loop, self.tree, self.tell, self.calls.timeout)
         self.programs = Programs(self.loop, self.tree, setup)
         self.describer = Describer(self.loop, self.tree, self.tell)
         self.known: dict[bytes, Known] = {}

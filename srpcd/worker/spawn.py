@@ -32,23 +32,28 @@ class Process:
             for _ in range(4):
                 fds += os.pipe()
             ins, self.stdin, self.stdout, outs, self.stderr, errs, self._failure, failure = fds
+            for fd in (self.stdin, self.stdout, self.stderr, self._failure):
+                os.set_blocking(fd, False)
             parent = os.getpid()
             self.pid = os.fork()
             if self.pid == 0:
                 _child(parent, (ins, outs, errs), program, failure, argv, environment)
+            try:
+                os.setpgid(self.pid, self.pid)  # here as well as in the child: `kill` may come before it has run
+            except OSError:
+                pass  # it has run, and called exec already
+            try:
+                self.pidfd = os.pidfd_open(self.pid)
+            except OSError:
+                self.kill()
+                os.waitpid(self.pid, 0)
+                raise
         except OSError:
             for fd in fds:
                 os.close(fd)
             raise
         for fd in (ins, outs, errs, failure):
             os.close(fd)
-        for fd in (self.stdin, self.stdout, self.stderr, self._failure):
-            os.set_blocking(fd, False)
-        try:
-            os.setpgid(self.pid, self.pid)  # here as well as in the child: `kill` may come before it has run
-        except OSError:
-            pass  # it has run, and called exec already
-        self.pidfd = os.pidfd_open(self.pid)
 
     def kill(self) -> None:
         """Kill it with its whole process group. Nothing happens once it is reaped: the number may be another's then."""

@@ -1,7 +1,8 @@
 """A gate that was taken over: it runs, as Python, whatever comes in on its connections, and sends back what that gives.
 
 Started by the real monitor in the place of the real gate, with all that a real gate has. The code that a test sends finds
-`ask(message)` and `tell(message)` for the monitor, `heard` (all messages so far, with descriptors), `kept` (to keep things in), `conn`, `ipc`, `os`.
+`ask(message)` and `tell(message)` for the monitor, `heard` (all messages so far, with descriptors), `kept` (to keep
+things in), `conn`, `ipc`, `os`.
 """
 
 import os

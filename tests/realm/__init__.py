@@ -17,7 +17,7 @@ from tests.realm.accounts import PEOPLE, Account, account, change, group, passwo
 from tests.realm.acl import grant, strip
 from tests.realm.daemon import Daemon, DaemonFault
 from tests.realm.place import PYTHON, Place, enter, install, missing
-from tests.realm.processes import Process, descendants, fds, popen_as, python, run_as, status
+from tests.realm.processes import Process, alive, descendants, fds, finish, popen_as, python, run_as, status, until
 
 __all__ = [
     "PEOPLE",
@@ -28,10 +28,12 @@ __all__ = [
     "Place",
     "Process",
     "account",
+    "alive",
     "change",
     "descendants",
     "enter",
     "fds",
+    "finish",
     "grant",
     "group",
     "install",
@@ -42,4 +44,5 @@ __all__ = [
     "run_as",
     "status",
     "strip",
+    "until",
 ]

@@ -111,7 +111,11 @@ class Daemon:
     def start(self) -> "Daemon":
         """Start it and wait until it serves. May be called again after `stop` or `kill`. Raises DaemonFault."""
         self.begin()
-        ready = self.wait_event("ready", READY_TIMEOUT)
+        try:
+            ready = self.wait_event("ready", READY_TIMEOUT)
+        except BaseException:
+            self._end(signal.SIGKILL, 5)
+            raise
         host, _, port = str(ready.get("tcp", ":0")).split(",")[0].rpartition(":")
         self.tcp, self.pin = (host, int(port)), str(ready.get("pin", ""))
         return self

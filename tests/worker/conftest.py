@@ -185,11 +185,10 @@ class Bench:
         self.monitor, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.packets, packets = ipc.packet_pipe()
         self.errors, errors = os.pipe()
-        self.fds = [self.packets, self.errors]
+        self.peers: list[Frames] = []
         self.lines = 0
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in (theirs.fileno(), packets)]
         script = code / "srpcd/worker/__main__.py"
-        self.started = time.monotonic()
         self.process = subprocess.Popen(
             [PYTHON, "-I", "-S", script, "somebody"],
             stdin=subprocess.DEVNULL,
@@ -200,6 +199,9 @@ class Bench:
             close_fds=False,  # 3 and 4 are made by `drop`; all others are close-on-exec
             preexec_fn=lambda: drop(high),
         )
+        self.started = (
+            time.monotonic()
+        )  # of the exec: how long a process as large as pytest takes to fork is not of interest
         for fd in (*high, packets, errors):
             os.close(fd)
         theirs.close()
@@ -241,7 +243,7 @@ class Bench:
         read, their_write = os.pipe()
         self.send(ipc.Gate(1), their_read, their_write)
         gate = Gate(read, write)
-        self.fds += gate.fds
+        self.peers.append(gate)
         return gate
 
     def line(self, inode: tuple[int, int]) -> Handler:
@@ -250,7 +252,9 @@ class Bench:
         read, recv = os.pipe()
         send, write = os.pipe()
         self.send(ipc.Line(self.lines, *inode), recv, send)
-        return Handler(self.lines, read, write)
+        handler = Handler(self.lines, read, write)
+        self.peers.append(handler)
+        return handler
 
     def announced(self, gate: Gate, path: str = "echo") -> tuple[tuple[int, int], Handler]:
         """A pipe in the tree with somebody serving it, and a line to him that has carried a call."""
@@ -282,11 +286,10 @@ class Bench:
         finally:
             self.process.kill()
             self.process.wait()
-            for fd in self.fds:
-                try:
-                    os.close(fd)
-                except OSError:
-                    pass  # a test closed it
+            os.close(self.packets)
+            os.close(self.errors)
+            for peer in self.peers:
+                peer.close()
 
 
 def drop(high: list[int]) -> None:

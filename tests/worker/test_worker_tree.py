@@ -103,13 +103,12 @@ def test_a_symbolic_link_swapped_in_during_walks_is_never_followed(tree: Path, g
     thread = threading.Thread(target=swap)
     thread.start()
     try:
-        seen = set()
+        failures, found = set(), set()
         for _ in range(1500):
-            try:
-                seen.add(gate.walk("a/x")[1])
-            except Exception as fault:
-                assert fault.errno == errno.ENOENT  # type: ignore[attr-defined]
-        assert seen <= {inside}
+            number = failure(lambda: found.add(gate.walk("a/x")[1]))
+            failures.add(number)
+        assert found <= {inside}
+        assert failures <= {0, errno.ENOENT}
     finally:
         stop.set()
         thread.join()
@@ -146,7 +145,11 @@ def test_stat_tells_what_ls_would(tree: Path, gate: "Gate") -> None:
     real = (tree / "d").stat()
     assert found.children == ("pipe", "run", "sub")
     assert (found.mode, found.uid, found.gid, found.mtime) == (0o755, real.st_uid, real.st_gid, real.st_mtime_ns)
-    assert (found.user, found.live, found.readable, found.more) == ((tree / "d").owner(), True, True, False)
+    assert (found.live, found.readable, found.more) == (True, True, False)
+    try:
+        assert found.user == (tree / "d").owner()
+    except KeyError:
+        assert found.user == str(real.st_uid)
     assert gate.stat("d/run").mode == 0o710
 
 

@@ -1,0 +1,1 @@
+"""What runs in the processes of a bench. Each module has roles that `driver.run` is given by name."""

@@ -1,0 +1,171 @@
+#!/usr/bin/python3 -I
+"""A handler with nothing but Python's standard library, written from docs/protocol.md alone. It is both kinds:
+
+    $ python3 raw_service.py /calc/upper                          a service, which announces a path of the tree
+    # install -D -m 1755 raw_service.py /srv/rpc/tools/upper      a resident program (sticky bit), which srpcd starts
+    $ srpc call /calc/upper hello
+    alice: HELLO
+
+Environment: SRPC_SOCKET, the daemon's local socket (/run/srpc/srpc.sock).
+"""
+
+import json
+import os
+import selectors
+import socket
+import stat
+import struct
+import sys
+from collections.abc import Iterator
+
+HEADER = struct.Struct("!iQQ")  # type, seq, length
+CALLER, ERROR, CALL, CALL_REPLY, FLUSH, PING, ANNOUNCE, LISTEN, LISTEN_REPLY = -2, -1, 13, 14, 15, 17, 19, 21, 22
+BODY_MAX = 16 * 1024**2 + 64 * 1024 + 12
+NO_DATA = struct.pack("!I", 0)  # length of the metadata of our replies
+
+
+def frame(kind: int, seq: int, body: bytes = b"") -> bytes:
+    return HEADER.pack(kind, seq, len(body)) + body
+
+
+def frames(buffer: bytearray) -> Iterator[tuple[int, int, bytes]]:
+    """Take the whole frames out of a buffer: (type, seq, body)."""
+    while len(buffer) >= HEADER.size:
+        kind, seq, length = HEADER.unpack_from(buffer)
+        if length > BODY_MAX:
+            raise ValueError(f"a frame of {length} bytes")
+        if len(buffer) < HEADER.size + length:
+            return
+        body = bytes(buffer[HEADER.size : HEADER.size + length])
+        del buffer[: HEADER.size + length]
+        yield kind, seq, body
+
+
+class Line:
+    """One caller's requests and our replies. receive, send: descriptors of its two ends."""
+
+    def __init__(self, selector: selectors.BaseSelector, receive: int, send: int) -> None:
+        self.selector, self.receive, self.send = selector, receive, send
+        self.input, self.output = bytearray(), bytearray()
+        self.user = ""
+        for fd in (receive, send):
+            os.set_blocking(fd, False)
+        selector.register(receive, selectors.EVENT_READ, self.readable)
+
+    def readable(self) -> None:
+        data = os.read(self.receive, 65536)
+        if not data:  # the caller's worker has gone, or the announcement was withdrawn and all is answered
+            self.close()
+            return
+        self.input += data
+        for kind, seq, body in frames(self.input):
+            if kind == CALLER:
+                self.user = json.loads(body)["user"]
+            elif kind == CALL:
+                begin = 12 + int.from_bytes(body[8:12], "big")  # fid (always 0), metadata length, metadata, payload
+                reply = f"{self.user}: ".encode() + body[begin:].upper()
+                self.output += frame(CALL_REPLY, seq, NO_DATA + reply)
+            # A FLUSH wants a call ended that is not answered yet; here every call is answered at once.
+        self.selector.unregister(self.receive)  # a caller who does not take his replies is not served any further
+        self.selector.register(self.send, selectors.EVENT_WRITE, self.writable)
+
+    def writable(self) -> None:
+        try:
+            if self.output:
+                del self.output[: os.write(self.send, self.output)]
+        except BrokenPipeError:
+            self.selector.unregister(self.send)
+            self.close()
+            return
+        if not self.output:
+            self.selector.unregister(self.send)
+            self.selector.register(self.receive, selectors.EVENT_READ, self.readable)
+
+    def close(self) -> None:
+        if self.receive in self.selector.get_map():
+            self.selector.unregister(self.receive)
+        os.close(self.receive)
+        os.close(self.send)
+
+
+class Service:
+    """The connection to the daemon, which tells the lines of our callers."""
+
+    def __init__(self, selector: selectors.BaseSelector, path: str) -> None:
+        where = os.environ.get("SRPC_SOCKET", "/run/srpc/srpc.sock")
+        self.selector, self.runtime, self.input = selector, os.path.dirname(where), bytearray()
+        self.daemon = socket.socket(socket.AF_UNIX)
+        self.daemon.connect(where)
+        credentials = self.daemon.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("3i", credentials)[1] not in (0, os.geteuid()):
+            sys.exit(f"{where}: served by somebody who is neither root nor us")
+        pipe = os.path.join(json.loads(self.ask(frame(PING, 1)))["tree"], path.strip("/"))
+        try:
+            os.mkfifo(pipe, 0o600)
+            os.chmod(pipe, 0o620)  # who may call: the pipe's group. Left there at the end, for the next start
+        except FileExistsError:
+            pass  # with the owner, mode and ACL that the administrator gave it
+        self.ask(frame(ANNOUNCE, 2, json.dumps({"fid": 1, "path": path}).encode()))
+        self.daemon.sendall(frame(LISTEN, 3, b'{"fid":1}'))
+        selector.register(self.daemon, selectors.EVENT_READ, self.readable)
+
+    def ask(self, request: bytes) -> bytes:
+        """One request, before there is a listen: what comes is its reply."""
+        self.daemon.sendall(request)
+        while data := self.daemon.recv(65536):
+            self.input += data
+            for kind, _seq, body in frames(self.input):
+                return body if kind != ERROR else sys.exit(body.decode())
+        sys.exit("the daemon has closed the connection")
+
+    def readable(self) -> None:
+        data = self.daemon.recv(65536)
+        self.input += data
+        for kind, _seq, body in frames(self.input):
+            if kind != LISTEN_REPLY:
+                sys.exit(body.decode())
+            try:
+                Line(self.selector, *self.open_line(json.loads(body)["line"]))
+            except OSError as fault:
+                print(f"a caller has gone before we came: {fault}", file=sys.stderr)
+        if not data:
+            sys.exit("the daemon has ended: to be started again")
+
+    def open_line(self, line: int) -> tuple[int, int]:
+        """(recv, send). Whoever could put pipes of his own there could pass for any caller: so all of it is checked."""
+        where = os.open(self.runtime, os.O_PATH | os.O_DIRECTORY)
+        opened: list[int] = []
+        try:
+            for name in ("lines", str(os.geteuid()), str(line)):
+                where, above = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=where), where
+                os.close(above)
+                self.check(os.fstat(where))
+            for name, flags in (("recv", os.O_RDONLY), ("send", os.O_WRONLY)):
+                self.check(os.stat(name, dir_fd=where, follow_symlinks=False), stat.S_IFIFO)
+                opened.append(os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=where))
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+        finally:
+            os.close(where)
+        return opened[0], opened[1]
+
+    def check(self, found: os.stat_result, kind: int = stat.S_IFDIR) -> None:
+        if found.st_uid not in (0, os.geteuid()) or stat.S_IFMT(found.st_mode) != kind:
+            sys.exit("among the lines there is a file that is not the daemon's")
+
+
+def main() -> None:
+    selector = selectors.DefaultSelector()
+    if len(sys.argv) > 1:
+        Service(selector, sys.argv[1])
+    else:
+        Line(selector, 0, 1)
+    while selector.get_map():  # a resident program ends with its line
+        for key, _events in selector.select():
+            key.data()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Parts of the gate, in this process."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from errno import EACCES
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srpcd import ipc
+from srpcd.config import Config
+from srpcd.gate.answers import REFUSALS, Refusals, give
+from srpcd.gate.backlog import Backlog
+from srpcd.gate.conversation import prompt
+from srpcd.gate.gate import Gate
+from srpcd.gate.routes import LinkBroken
+from srpcd.session.effects import Forward
+from srpcd.session.fids import Attachment, Fid
+from srpcd.session.session import Session
+from srpcd.wire import frames
+from srpcd.wire.frames import PING, frame
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300_000), max_size=12), st.lists(st.integers(0, 100_000), max_size=40))
+def test_a_backlog_gives_every_byte_once_and_in_order(chunks: list[bytes], takes: list[int]) -> None:
+    backlog = Backlog()
+    for chunk in chunks:
+        backlog.add(chunk, 1.0)
+    written = bytearray()
+
+    def write(data: bytes | memoryview) -> int:
+        taken = min(takes.pop() if takes else len(data), len(data))
+        written.extend(data[:taken])
+        return taken
+
+    while backlog.size:
+        backlog.push(write, 2.0)
+    assert bytes(written) == b"".join(chunks)
+
+
+def test_a_backlog_knows_since_when_nobody_takes_anything() -> None:
+    backlog = Backlog()
+    backlog.add(b"abc", 1.0)
+    backlog.add(b"def", 2.0)
+    backlog.push(lambda _data: 0, 3.0)
+    assert (backlog.since, backlog.size) == (1.0, 6)
+    takes = [2, 0]
+    backlog.push(lambda _data: takes.pop(0), 4.0)
+    assert (backlog.since, backlog.size) == (4.0, 4)
+
+
+def test_what_is_written_again_after_a_block_begins_with_the_same_bytes() -> None:
+    """OpenSSL demands it."""
+    backlog = Backlog()
+    seen: list[bytes] = []
+
+    def write(data: bytes | memoryview) -> int:
+        seen.append(bytes(data))
+        return 0
+
+    for byte in (b"a", b"b", b"c"):
+        backlog.add(byte, 0.0)
+        backlog.push(write, 0.0)
+    assert seen == [b"a", b"ab", b"abc"]
+
+
+def test_refusals_are_told_at_a_bounded_rate() -> None:
+    refusals = Refusals()
+    assert sum(refusals.told(100.0) for _ in range(1000)) == REFUSALS
+    assert refusals.told(101.5)
+
+
+def test_prompts_of_odd_modules_become_prompts_of_the_protocol() -> None:
+    assert prompt("secret", "ä").style == "secret"
+    assert (prompt("strange", "x\udcff").style, prompt("strange", "x\udcff").text) == ("info", "x?")
+
+
+STAT = ipc.Stat(7, 8, ipc.DIRECTORY, 0o755, 1, 2, 3, True, False, False, "u", "g", "label", ())
+
+NONSENSE = [
+    (frames.CALL, ipc.WALKED, ipc.WALKED_BODY.pack(1, 2, 0)),
+    (frames.CALL, ipc.STATTED, STAT.pack()),
+    (frames.CALL, ipc.FLUSHED, b""),
+    (frames.CALL, ipc.WORKER_ERROR, b""),
+    (frames.CALL, ipc.WORKER_ERROR, ipc.ERROR_HEAD.pack(5, 9)),
+    (frames.WALK, ipc.WORKER_ERROR, ipc.ERROR_HEAD.pack(5, ipc.ORIGIN_HANDLER) + b"{}"),
+    (frames.WALK, ipc.WALKED, b"short"),
+    (frames.WALK, ipc.CALLED, bytes(4)),
+    (frames.STAT, ipc.STATTED, b""),
+    (frames.STAT, ipc.STATTED, STAT.pack()[:-1]),
+    (frames.STAT, ipc.STATTED, ipc.Ready().pack()),
+    (frames.STAT, ipc.STATTED, ipc.Stat(*(STAT.__dict__ | {"kind": 9}).values()).pack()),
+]
+
+
+@pytest.mark.parametrize(("asked", "kind", "body"), NONSENSE)
+def test_an_answer_that_does_not_fit_the_request_is_no_workers(asked: int, kind: int, body: bytes) -> None:
+    with pytest.raises(LinkBroken):
+        give(Session(True), Forward(asked, 1, Fid(b"a", Attachment(1))), kind, body)
+
+
+@given(st.sampled_from([frames.WALK, frames.STAT, frames.CALL]), st.sampled_from(sorted(ipc.FROM_WORKER)), st.binary())
+def test_any_answer_is_taken_or_breaks_the_link_and_nothing_else(asked: int, kind: int, body: bytes) -> None:
+    try:
+        give(Session(True), Forward(asked, 1, Fid(b"a", Attachment(1))), kind, body)
+    except LinkBroken:
+        pass
+
+
+def test_a_refusal_by_the_kernel_is_told_and_one_by_a_handler_is_not() -> None:
+    forward = Forward(frames.CALL, 1, Fid(b"a", Attachment(1)))
+    kernel = ipc.ERROR_HEAD.pack(EACCES, ipc.ORIGIN_KERNEL) + b"\xff"
+    handler = ipc.ERROR_HEAD.pack(EACCES, ipc.ORIGIN_HANDLER) + b"{}"
+    assert give(Session(True), forward, ipc.WORKER_ERROR, kernel) == EACCES
+    assert give(Session(True), forward, ipc.WORKER_ERROR, handler) == 0
+
+
+class Here:
+    """A gate in this process, turned by hand."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.monitor, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.read, self.write = ipc.packet_pipe()
+        self.gate = Gate(self.loop, Config(), None, self.theirs, self.write)
+        self.clients: list[socket.socket] = []
+
+    def turn(self) -> None:
+        self.loop.call_later(0.02, self.loop.stop)
+        self.loop.run_forever()
+
+    def connect(self) -> socket.socket:
+        client, server = socket.socketpair()
+        client.setblocking(False)
+        self.clients.append(client)
+        ipc.send_descriptors(self.monitor, ipc.Connection(len(self.clients), "here"), [server.fileno()])
+        server.close()
+        self.turn()
+        return client
+
+    def close(self) -> None:
+        for connection in list(self.gate.connections.values()):
+            connection.end()
+        self.loop.remove_reader(self.theirs)
+        self.loop.close()
+        for each in (self.monitor, self.theirs, *self.clients):
+            each.close()
+        ipc.close_all((self.read, self.write))
+
+
+@pytest.fixture
+def here() -> Iterator[Here]:
+    made = Here()
+    yield made
+    made.close()
+
+
+def test_a_fault_in_one_connection_ends_that_one_and_shows_no_values(
+    here: Here, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = here.connect(), here.connect()
+
+    def receive(data: bytes) -> None:
+        raise ValueError(data.decode())
+
+    monkeypatch.setattr(here.gate.connections[1].session, "receive", receive)
+    first.send(b"a secret")
+    second.send(frame(PING, 1))
+    here.turn()
+    assert first.recv(100) == b""
+    assert second.recv(100)[:4] == bytes((0, 0, 0, frames.PING_REPLY))
+    assert list(here.gate.connections) == [2]
+    said = capfd.readouterr().err
+    assert "ValueError" in said
+    assert "secret" not in said
+
+
+def test_a_connection_is_taken_at_once(here: Here) -> None:
+    here.connect()
+    assert ipc.read_packet(here.read) == ipc.Taken(1)
+
+
+def test_messages_for_connections_that_are_over_are_dropped_with_their_descriptors(here: Here) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    pipes = [*os.pipe(), *os.pipe()]
+    ipc.send_descriptors(here.monitor, ipc.Conversation(9, 1), pipes[:2])
+    ipc.send_descriptors(here.monitor, ipc.Verdict(9, 1, 0, ""))
+    ipc.send_descriptors(here.monitor, ipc.NewLine(9, 1, 1))
+    here.connect()
+    ipc.send_descriptors(here.monitor, ipc.Conversation(1, 77), pipes[2:])
+    here.turn()
+    ipc.close_all(pipes)
+    here.clients[0].close()
+    here.turn()
+    assert len(os.listdir("/proc/self/fd")) == before

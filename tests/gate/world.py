@@ -1,0 +1,474 @@
+"""A gate, run as the program that it is, in a world that the test plays: monitor, workers, authentication children.
+
+The monitor and the workers answer by themselves in a thread, as the path says (`Worker`); a test changes how by the
+attributes of `World`, and looks at `World.said`, what the gate told the monitor.
+"""
+
+import datetime
+import json
+import os
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from OpenSSL import SSL
+
+from srpcd import ipc
+from srpcd.wire import frames, messages
+from srpcd.wire.frames import FrameReader, frame
+
+UID = 64111 if os.getuid() == 0 else os.getuid()
+GID = 64112 if os.getuid() == 0 else os.getgid()
+PATIENCE = 5.0
+PACKAGES = ("OpenSSL", "cryptography", "msgspec", "cffi", "typing_extensions.py")
+
+
+def copy_code() -> Path:
+    """A copy of the code, with what it imports, that every user may read."""
+    place = Path(tempfile.mkdtemp(prefix="srpc-gate-"))
+    place.chmod(0o755)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(__file__).parents[2] / "srpcd", place / "srpcd", ignore=ignore)
+    for base in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for name in (*PACKAGES, *(each.name for each in Path(base).glob("_cffi_backend*"))):
+            source = Path(base) / name
+            if source.is_dir():
+                shutil.copytree(source, place / "site" / name, ignore=ignore, dirs_exist_ok=True)
+            elif source.exists():
+                (place / "site").mkdir(exist_ok=True)
+                shutil.copy(source, place / "site" / name)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", place], check=True)
+    subprocess.run(["chmod", "-R", "a+rX", place], check=True)
+    return place
+
+
+def why_not() -> str:
+    """Why a gate can't be run here; empty if it can."""
+    python = Path(os.path.realpath(sys.executable))
+    closed = next((each for each in python.parents if not each.stat().st_mode & 1), None)
+    if os.getuid() == 0 and closed:
+        return f"the interpreter is in {closed}, which other users may not enter"
+    return "" if shutil.which("setpriv") else "setpriv is not installed"
+
+
+def certificate() -> tuple[bytes, bytes]:
+    """(key, certificate), PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "srpcd")])
+    start = datetime.datetime(2020, 1, 1)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(start).not_valid_after(start + datetime.timedelta(36500))
+    pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return key.private_bytes(encoding, form, serialization.NoEncryption()), pem
+
+
+class Worker:
+    """A worker, as its paths say.
+
+    dir… is a directory, none is not there, closed is refused. Calls: echo gives the payload back; late is answered when
+    `World.release` is called; error gives a handler's error; size gives as many bytes as the payload says; broken is an
+    answer that no worker gives; die closes the pipes.
+    """
+
+    def __init__(self, world: "World", number: int) -> None:
+        self.world = world
+        self.number = number
+        from_gate, self.gate_writes = os.pipe()
+        self.gate_reads, to_gate = os.pipe()
+        self.read, self.write = from_gate, to_gate
+        self.reader = FrameReader(ipc.TO_WORKER)
+        self.got: list[tuple[int, int, bytes]] = []
+        self.late: list[tuple[int, bytes]] = []
+        self.paused = threading.Event()
+
+    def readable(self) -> None:
+        data = os.read(self.read, 65536)
+        if not data:
+            self.close()
+            return
+        for kind, tag, body in self.reader.feed(data):
+            self.got.append((kind, tag, body[:100]))
+            self.handle(kind, tag, body)
+
+    def handle(self, kind: int, tag: int, body: bytes) -> None:
+        if kind == ipc.WALK:
+            last = body.rpartition(b"/")[2]
+            if last in (b"none", b"closed"):
+                self.error(tag, 2 if last == b"none" else 13)
+            else:
+                kind = ipc.DIRECTORY if last.startswith(b"dir") or not last else ipc.SERVICE
+                self.send(ipc.WALKED, tag, ipc.WALKED_BODY.pack(7, len(body), kind))
+        elif kind == ipc.STAT:
+            stat = ipc.Stat(7, 8, ipc.DIRECTORY, 0o755, 1, 2, 3, True, True, False, "u", "g", "", ("a", "b"))
+            self.send(ipc.STATTED, tag, stat.pack())
+        elif kind == ipc.FLUSH:
+            (cancelled,) = ipc.FLUSH_BODY.unpack(body)
+            if any(each == cancelled for each, _ in self.late):
+                self.late = [each for each in self.late if each[0] != cancelled]
+                self.error(cancelled, 125)
+            self.send(ipc.FLUSHED, tag)
+        elif kind == ipc.CALL:
+            size = ipc.CALL_HEAD.size
+            *_, length = ipc.CALL_HEAD.unpack_from(body)
+            self.call(tag, body[size : size + length].rpartition(b"/")[2], body[size + length :])
+
+    def call(self, tag: int, name: bytes, rest: bytes) -> None:
+        if name == b"echo":
+            self.send(ipc.CALLED, tag, rest)
+        elif name == b"late":
+            self.late.append((tag, rest))
+        elif name == b"error":
+            self.error(tag, 5, ipc.ORIGIN_HANDLER, b'{"errno":42,"code":"x","message":"no luck"}')
+        elif name == b"size":
+            self.send(ipc.CALLED, tag, bytes(4 + int(rest[4:])))
+        elif name == b"broken":
+            self.send(ipc.WALKED, tag, ipc.WALKED_BODY.pack(1, 2, 0))
+        elif name == b"die":
+            self.close()
+        else:
+            self.error(tag, 6)
+
+    def error(self, tag: int, errno: int, origin: int = ipc.ORIGIN_KERNEL, rest: bytes = b"") -> None:
+        self.send(ipc.WORKER_ERROR, tag, ipc.ERROR_HEAD.pack(errno, origin) + rest)
+
+    def send(self, kind: int, tag: int, body: bytes = b"") -> None:
+        data = frame(kind, tag, body)
+        while data:
+            data = data[os.write(self.write, data) :]
+
+    def close(self) -> None:
+        if self.read >= 0:
+            self.world.forget(self.read)
+            os.close(self.read)
+            os.close(self.write)
+            self.read = self.write = -1
+            if self.world.workers.get(self.number) is self:
+                del self.world.workers[self.number]
+
+
+class World:
+    """The monitor, and the gate in its care. uname decides the worker; passwords are the uname backwards."""
+
+    def __init__(self, code: Path, kind: str, settings: dict[str, Any] | None = None) -> None:
+        self.kind = kind
+        self.said: list[ipc.Message] = []
+        self.workers: dict[int, Worker] = {}
+        self.hand_out_dead = 0
+        self.on: dict[type[ipc.Message], Callable[[Any], None]] = {}
+        self._afids: dict[tuple[int, int], str] = {}
+        self._sessions: dict[int, int] = {}
+        self._numbers: dict[str, int] = {}
+        self._conn = 0
+        self._children: dict[int, tuple[int, int, int, list[str]]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Condition()
+        self._stop, self._stopper = os.pipe()
+        self.clients: list[Client] = []
+        self.monitor, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pipe, their_pipe = ipc.packet_pipe()
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self.pid = self._exec(code, theirs.fileno(), their_pipe)
+        theirs.close()
+        os.close(their_pipe)
+        settings = {"paths": {"tree": "/the/tree"}, "limits": settings or {}}
+        fds = []
+        if kind == "tls":
+            for content in certificate():
+                read, write = os.pipe()
+                os.write(write, content)
+                os.close(write)
+                fds.append(read)
+        setup = ipc.GateSetup(UID, GID, (), os.getuid() != 0, kind, json.dumps(settings).encode())
+        if os.getuid() != 0:
+            setup.groups = tuple(os.getgroups())
+        self.tell(setup, fds)
+        ipc.close_all(fds)
+        self.listen()
+        self._selector.register(self._stop, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _exec(self, code: Path, sock: int, pipe: int) -> int:
+        gate = [os.path.realpath(sys.executable), "-I", "-S", f"{code}/srpcd/gate/__main__.py", self.kind, f"{code}/site"]
+        drop = ["setpriv", "--no-new-privs"]
+        if os.getuid() == 0:
+            drop += [f"--reuid={UID}", f"--regid={GID}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            os.setsid()
+            os.chdir("/")
+            high = [os.dup(fd) for fd in (sock, pipe, self.stderr.fileno()) for _ in range(10)]
+            for fd, place in ((high[9], 3), (high[19], 4), (high[29], 2)):
+                os.dup2(fd, place)
+            os.closerange(5, 4096)
+            os.execvpe(drop[0], drop + gate, {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"})
+        finally:
+            os._exit(127)
+
+    # --- the monitor's part --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    return
+                try:
+                    key.data()
+                except OSError:
+                    self.forget(key.fd)
+
+    def forget(self, fd: int) -> None:
+        try:
+            self._selector.unregister(fd)
+        except KeyError:
+            pass
+
+    def listen(self) -> None:
+        """Read what the gate says (again)."""
+        self._selector.register(self.pipe, selectors.EVENT_READ, self._readable)
+
+    def tell(self, message: ipc.Message, fds: list[int] | tuple[int, ...] = ()) -> None:
+        ipc.send_descriptors(self.monitor, message, list(fds))
+
+    def _readable(self) -> None:
+        message = ipc.read_packet(self.pipe)
+        if message is None:
+            self.forget(self.pipe)
+            return
+        with self._lock:
+            self.said.append(message)
+            self._lock.notify_all()
+        handler = self.on.get(type(message)) or getattr(self, f"_{type(message).__name__.lower()}", None)
+        try:
+            if handler:
+                handler(message)
+        except BrokenPipeError:
+            pass  # a child whose client is gone already
+
+    def _authenticate(self, message: ipc.Authenticate) -> None:
+        self._afids[message.conn, message.afid] = message.uname
+        if message.mechanism == "peer":
+            self.tell(ipc.Verdict(message.conn, message.afid, 0 if message.uname == "me" else 13, ""))
+            return
+        answers, gate_writes = ipc.packet_pipe()
+        gate_reads, prompts = ipc.packet_pipe()
+        self.tell(ipc.Conversation(message.conn, message.afid), (gate_reads, gate_writes))
+        ipc.close_all((gate_reads, gate_writes))
+        wanted = [message.uname[::-1]] + (["123456"] if message.uname.startswith("two") else [])
+        self._children[answers] = (message.conn, message.afid, prompts, wanted)
+        ipc.write_packet(prompts, ipc.Prompts(("info", "secret"), ("hello", "Password:")))
+        self._selector.register(answers, selectors.EVENT_READ, lambda: self._answered(answers))
+
+    def _answered(self, answers: int) -> None:
+        conn, afid, prompts, wanted = self._children[answers]
+        message = ipc.read_packet(answers)
+        if isinstance(message, ipc.Answer) and message.answer.decode() == wanted[0] and wanted[1:]:
+            wanted.pop(0)
+            ipc.write_packet(prompts, ipc.Prompts(("text",), ("Code:",)))
+            return
+        if isinstance(message, ipc.Answer):
+            good = message.answer.decode() == wanted[0]
+            ipc.write_packet(prompts, ipc.Prompts(("info",), ("welcome" if good else "go away",)))
+            self.tell(ipc.Verdict(conn, afid, 0 if good else 13, ""))
+        self.forget(answers)
+        ipc.close_all((answers, prompts))
+
+    def _attach(self, message: ipc.Attach) -> None:
+        number = self._numbers.setdefault(message.uname, len(self._numbers) + 1)
+        session = len(self._sessions) + 100
+        self._sessions[session] = number
+        self._give(message.conn, message.request, session)
+
+    def _resume(self, message: ipc.Resume) -> None:
+        self._give(message.conn, message.request, message.session)
+
+    def _give(self, conn: int, request: int, session: int) -> None:
+        number = self._sessions[session]
+        if number in self.workers or self.hand_out_dead:
+            self.hand_out_dead -= number not in self.workers
+            self.tell(ipc.Attached(conn, request, session, number))
+            return
+        worker = self.workers[number] = Worker(self, number)
+        self.tell(ipc.Attached(conn, request, session, number), (worker.gate_reads, worker.gate_writes))
+        ipc.close_all((worker.gate_reads, worker.gate_writes))
+        self._selector.register(worker.read, selectors.EVENT_READ, worker.readable)
+
+    def _announce(self, message: ipc.Announce) -> None:
+        if message.path == "none":
+            self.tell(ipc.Refused(message.conn, message.request, 2, ""))
+        else:
+            self.tell(ipc.Announced(message.conn, message.request, 55, "mind"))
+
+    # --- what tests do -------------------------------------------------------------------------------------------------
+
+    def heard(self, kind: type[ipc.Message], count: int = 1) -> list[Any]:
+        """What the gate said of a kind, once it is at least so many."""
+        with self._lock:
+            found: list[Any] = []
+
+            def enough() -> bool:
+                found[:] = [each for each in self.said if type(each) is kind]
+                return len(found) >= count
+
+            assert self._lock.wait_for(enough, PATIENCE), f"{count} {kind.__name__}, but the gate said {self.said}"
+            return found
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait until something is so."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.005)
+
+    def conversing(self) -> int:
+        """How many authentication children still have somebody to talk to."""
+        return sum(answers in self._selector.get_map() for answers in self._children)
+
+    def release(self, order: int = 1) -> None:
+        """Answer the late calls; order -1: the last one first."""
+        for worker in list(self.workers.values()):
+            late, worker.late = worker.late[::order], []
+            for tag, rest in late:
+                worker.send(ipc.CALLED, tag, rest)
+
+    def connect(self, **options: Any) -> "Client":
+        """A client of the gate."""
+        theirs, ours = socket.socketpair()
+        for name, size in options.pop("buffers", {}).items():
+            for sock in (theirs, ours):
+                sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), size)
+        self._conn += 1
+        self.tell(ipc.Connection(self._conn, "127.0.0.1:9"), (theirs.fileno(),))
+        theirs.close()
+        client = Client(self, ours, self._conn, **options)
+        self.clients.append(client)
+        return client
+
+    def exit_code(self) -> int:
+        """Wait for the gate's end."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        raise AssertionError("the gate does not end")
+
+    def close(self) -> str:
+        """End everything. Returns what the gate wrote to standard error."""
+        for client in self.clients:
+            client.sock.close()
+        self.monitor.close()
+        if self.pid:
+            self.exit_code()
+        os.close(self._stopper)
+        self._thread.join()
+        for worker in list(self.workers.values()):
+            worker.close()
+        for answers, (_, _, prompts, _) in self._children.items():
+            for fd in (answers, prompts):
+                try:
+                    os.close(fd)
+                except OSError:
+                    pass
+        os.close(self.pipe)
+        os.close(self._stop)
+        self._selector.close()
+        self.stderr.seek(0)
+        text = self.stderr.read().decode()
+        self.stderr.close()
+        return text
+
+
+class Client:
+    """A client, step by step."""
+
+    def __init__(
+        self, world: World, sock: socket.socket, number: int, alpn: bytes = b"srpc/1", handshake: bool = True
+    ) -> None:
+        self.world = world
+        self.number = number
+        self.sock = sock
+        self.sock.settimeout(PATIENCE)
+        self.reader = FrameReader(frames.REPLIES)
+        self.frames: list[tuple[int, int, bytes]] = []
+        self.tls: SSL.Connection | None = None
+        self.seq = 0
+        if world.kind == "tls" and handshake:
+            context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+            if alpn:
+                context.set_alpn_protos([alpn])
+            self.sock.settimeout(None)
+            self.tls = SSL.Connection(context, self.sock)
+            self.tls.set_connect_state()
+            self.tls.do_handshake()
+
+    def send(self, data: bytes) -> None:
+        (self.tls or self.sock).sendall(data)
+
+    def recv(self) -> bytes:
+        """Some bytes; none at the end."""
+        try:
+            return self.tls.recv(65536) if self.tls else self.sock.recv(65536)
+        except (SSL.ZeroReturnError, SSL.SysCallError, ConnectionResetError):
+            return b""
+
+    def frame(self) -> tuple[int, int, bytes]:
+        """The next frame."""
+        while not self.frames:
+            data = self.recv()
+            assert data, "the gate hung up"
+            self.frames += self.reader.feed(data)
+        return self.frames.pop(0)
+
+    def over(self) -> bool:
+        """Read to the end."""
+        while data := self.recv():
+            self.frames += self.reader.feed(data)
+        return True
+
+    def request(self, kind: int, message: messages.Message | bytes = b"") -> int:
+        """Send a request. Returns its seq."""
+        self.seq += 1
+        body = message if isinstance(message, bytes) else messages.encode(message)
+        self.send(frame(kind, self.seq, body))
+        return self.seq
+
+    def ask(self, kind: int, message: messages.Message | bytes = b"") -> Any:
+        """Send a request, and take its reply: JSON as a dictionary, a call's payload, or the errno of an error."""
+        seq = self.request(kind, message)
+        reply, got, body = self.frame()
+        assert got == seq
+        assert reply in (kind + 1, frames.ERROR)
+        if reply == frames.ERROR:
+            return json.loads(body)["errno"]
+        return body[4:] if reply == frames.CALL_REPLY else json.loads(body or b"null")
+
+    def log_in(self, uname: str = "alice", afid: int = 1, fid: int = 2) -> None:
+        """Authenticate and attach."""
+        assert self.ask(frames.AUTH, messages.Auth(afid, uname))["prompts"][-1]["text"] == "Password:"
+        assert self.ask(frames.APPEND, messages.Append(afid, uname[::-1]))["data"] == "1"
+        assert self.ask(frames.ATTACH, messages.Attach(afid, fid, uname)) == {"qid": "7:0", "is_dir": True}
+
+    def walk(self, path: str, fid: int = 3, root: int = 2) -> Any:
+        return self.ask(frames.WALK, messages.Walk(root, fid, path))
+
+    def call(self, payload: bytes = b"", fid: int = 3) -> Any:
+        return self.ask(frames.CALL, messages.call_body(fid, payload))
