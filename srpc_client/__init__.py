@@ -62,6 +62,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from srpc_client import blocking, requests, stdio
     from srpc_client.connection import Connection, Session, connect, dial
     from srpc_client.errors import (
         AuthenticationError,
@@ -101,11 +102,14 @@ __all__ = [
     "Unreachable",
     "UntrustedServer",
     "announce",
+    "blocking",
     "connect",
     "dial",
     "pin_of",
+    "requests",
     "serve",
     "serve_stdio",
+    "stdio",
 ]
 
 

@@ -249,6 +249,11 @@ class Line:
         """Whether the line has ended: its caller has gone, or it was closed."""
         return self._over.is_set()
 
+    @property
+    def outstanding(self) -> int:
+        """Requests that are not answered."""
+        return self._core.outstanding
+
     async def wait_closed(self) -> None:
         """Wait until the line has ended."""
         await self._over.wait()

@@ -22,6 +22,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from errno import EINVAL, EOPNOTSUPP
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from srpc_client import address as addresses
@@ -31,16 +32,11 @@ from srpc_client.connection import Connection, connect
 from srpc_client.endpoint import EndpointPipe, open_line
 from srpc_client.errors import CallError, ConnectionLost, SrpcError
 from srpc_client.line import Line
+from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.wire.messages import AnnounceReply, ListenReply, PingReply
 
 if TYPE_CHECKING:
     from srpc_client.handling import Handler
-
-MODE = 0o620
-"""Mode of a pipe that announce makes: its owner may serve and call, its group may call."""
-
-RETRY_FIRST, RETRY_LAST = 0.1, 5.0
-"""Seconds between attempts to come back: the first pause, and the longest that it grows to."""
 
 _log = logging.getLogger("srpc_client")
 
@@ -83,7 +79,10 @@ class Announcement:
             yield line
 
     async def close(self) -> None:
-        """Withdraw: no further lines, the ones there are end, and a pipe that this announcement made is removed."""
+        """Withdraw: no further lines, and a pipe that this announcement made is removed.
+
+        A handler may finish the calls that it has, for GRACE seconds at most. Then the lines end.
+        """
         if self._closed:
             return
         self._closed = True
@@ -96,11 +95,26 @@ class Announcement:
                 pass  # then the end of the connection withdraws it
         self.registered = False
         self._pipe.close(remove=not self.keep)
-        for line in list(self._lines):
-            await line.close()
+        try:
+            if self.handler is not None:
+                await self._drain()
+        finally:
+            for line in list(self._lines):
+                await line.close()
         self._new.put_nowait(None)
         if self._own_announcer:
             await self._announcer.close()
+
+    async def _drain(self) -> None:
+        """Let the handler finish what callers have sent: their workers close the lines when all of it is answered."""
+        begun = busy = monotonic()
+        while self._lines:
+            now = monotonic()
+            if any(line.outstanding for line in self._lines):
+                busy = now
+            if now > begun + GRACE or now > busy + QUIET:
+                break
+            await asyncio.sleep(0.01)
 
     async def __aenter__(self) -> Self:
         return self

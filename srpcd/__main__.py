@@ -93,7 +93,7 @@ async def _serve(config: Config, log: Log, table: Table, personal: bool) -> None
     confine.make_undumpable()
     if not personal:
         launch.keep_capabilities()
-    confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)
+        confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)  # not in personal mode: PAM would need its set-gid helper
     monitor = Monitor(config, log, table, own, gate.uid, personal)
 
     def ready() -> None:

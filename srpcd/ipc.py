@@ -263,7 +263,8 @@ class NewLine(Message):
 
 
 class Drain(Message):
-    """Take no new calls; finish or fail what is outstanding within `milliseconds`, then exit."""
+    """Take no new calls; finish or fail what is outstanding within `milliseconds`; say `Drained`, and stay until the end of
+    file (a service of the local gate may have calls of the other one to answer)."""
 
     milliseconds: int
 
@@ -309,11 +310,23 @@ class Attach(Message):
 
 
 class Resume(Message):
-    """The worker of a session has died: another one, please (Attached or Refused)."""
+    """The worker of a session has died, or its pipes have: others, please (Attached or Refused). worker: the one it was."""
 
     conn: int
     request: int
     session: int
+    worker: int
+
+
+class Detach(Message):
+    """The last fid of a session is gone."""
+
+    conn: int
+    session: int
+
+
+class Drained(Message):
+    """Nothing is outstanding any more, after `Drain`."""
 
 
 class Announce(Message):

@@ -8,11 +8,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import realm
 from tests.realm import daemon as daemons
 from tests.realm import processes
+
+# How long something takes says how busy the machine is. Where others wait for the outcome, it is the same every time.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
+hypothesis.settings.load_profile("tests")
 
 _left_out: dict[str, list[str]] = {}
 _numbers = itertools.count(1)
@@ -57,7 +67,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("left out")
         for reason, items in _left_out.items():
             files = sorted({each.partition("::")[0] for each in items})
-            terminalreporter.line(f"{reason}: {len(items)} test{'s' * (len(items) != 1)} of {', '.join(files)}")
+            more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
+            terminalreporter.line(f"{reason}: {len(items)} test{'s' * (len(items) != 1)} of {', '.join(files[:3])}{more}")
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@
         print(connection.call("/calc/add", b"1 2"))
 
 There is no loop and no thread: a call writes, waits on the socket and reads. A connection belongs to one thread at a time;
-a second one that comes in between gets RuntimeError. `call_many` keeps many calls in flight.
+a second one that comes in between gets RuntimeError. `call_many` keeps many calls in flight. `serve` serves synchronous
+handlers in the same way.
 """
 
 from srpc_client.blocking.connection import Connection, PromptCallback, Session, connect, dial
+from srpc_client.blocking.service import serve
 from srpc_client.requests import Reply
 
-__all__ = ["Connection", "PromptCallback", "Reply", "Session", "connect", "dial"]
+__all__ = ["Connection", "PromptCallback", "Reply", "Session", "connect", "dial", "serve"]

@@ -2,11 +2,10 @@
 
 import getpass
 import time
-from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EINVAL
-from select import POLLIN, POLLOUT, poll
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -14,8 +13,9 @@ from srpc_client import address as addresses
 from srpc_client import procedures, requests, tls
 from srpc_client.address import CONNECT_TIMEOUT, Address, Local
 from srpc_client.blocking import reach
-from srpc_client.core import BUSY, ClientCore
-from srpc_client.errors import CallError, CallTimeout, ConnectionLost, SrpcError
+from srpc_client.blocking.pump import Pump, Slot
+from srpc_client.core import BUSY
+from srpc_client.errors import CallError, CallTimeout
 from srpc_client.link import Link
 from srpc_client.procedures import Ask, Book, Forget, Pause, Place, Procedure, SessionState
 from srpc_client.requests import Reply, Send
@@ -28,17 +28,6 @@ HIGH_WATER = 1024 * 1024
 """Bytes that `call_many` lets wait to be sent."""
 
 T = TypeVar("T")
-
-
-class _Slot:
-    """Where one request's answer is put."""
-
-    __slots__ = ("done", "error", "reply")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.reply: Any = None
-        self.error: SrpcError | None = None
 
 
 def connect(
@@ -89,14 +78,9 @@ class Connection:
         self.address = address
         self.pin = pin
         """The pin of the server's key; empty on a local socket."""
-        self._link = link
-        self._core: ClientCore[_Slot] = ClientCore()
+        self._pump = Pump(link)
         self._book = Book()
         self._session: Session | None = None
-        self._unsent: bytes | memoryview = b""
-        self._poll = poll()
-        self._poll.register(link.fd, POLLIN)
-        self._mine = allocate_lock()
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
@@ -161,33 +145,8 @@ class Connection:
         return reply
 
     def _request(self, request: Send, deadline: float | None) -> Any:
-        return self._transact(lambda slot: self._core.request(request.kind, request.body, slot), request.fid, deadline)
-
-    def _claim(self) -> None:
-        if not self._mine.acquire(False):
-            raise RuntimeError("the connection is in use by another thread: each thread needs one of its own")
-
-    def _transact(self, start: Callable[[_Slot], int], fid: int, deadline: float | None) -> Any:
-        """Start a request and pump until its answer is there; give it up where that does not happen."""
-        self._claim()
-        try:
-            slot = _Slot()
-            self._finish(slot, start(slot), fid, deadline)
-        finally:
-            self._mine.release()
-        if slot.error is not None:
-            raise slot.error
-        return slot.reply
-
-    def _finish(self, slot: _Slot, seq: int, fid: int, deadline: float | None) -> None:
-        try:
-            self._pump(slot, deadline)
-        except BaseException:  # the time is over, or a KeyboardInterrupt
-            if slot.done and slot.error is None and fid:
-                self._core.clunk(fid)
-            self._core.cancel(seq, fid)
-            self._send()
-            raise
+        core = self._pump.core
+        return self._pump.transact(lambda slot: core.request(request.kind, request.body, slot), request.fid, deadline)
 
     def _run(self, procedure: Procedure[T], timeout: float | None = None, prompt: PromptCallback | None = None) -> T:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -199,7 +158,7 @@ class Connection:
                     if isinstance(step, Send):
                         result = self._request(step, deadline)
                     elif isinstance(step, Forget):
-                        self._core.clunk(step.fid)
+                        self._pump.core.clunk(step.fid)
                     elif isinstance(step, Pause):
                         if deadline is not None and time.monotonic() + step.seconds > deadline:
                             raise CallTimeout
@@ -215,87 +174,18 @@ class Connection:
             return value
         finally:
             procedure.close()
-            self._send()
+            self._pump.send()
 
-    # --- the pump -------------------------------------------------------------------------------------------------
-
-    def _send(self) -> None:
-        waited = len(self._unsent) > 0
-        data = self._unsent or self._core.take()
-        try:
-            while data:
-                sent = self._link.send(data)
-                if sent < len(data):
-                    data = memoryview(data)[sent:]
-                    break
-                data = self._core.take()
-        except ConnectionLost as fault:
-            self._lose(fault)
-            return
-        self._unsent = data
-        if bool(data) != waited:
-            self._poll.modify(self._link.fd, POLLIN if waited else POLLIN | POLLOUT)
-
-    def _pump(self, slot: _Slot, deadline: float | None) -> None:
-        """Send and receive until the slot is filled. Raises CallTimeout."""
-        self._send()
-        while not slot.done:
-            if deadline is None:
-                events = self._poll.poll()
-            else:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise CallTimeout
-                events = self._poll.poll(left * 1000 + 1)
-            for _fd, event in events:
-                if event & ~POLLOUT:
-                    self._receive()
-                if event & POLLOUT:
-                    self._send()
-
-    def _receive(self) -> None:
-        try:
-            data = self._link.receive()
-        except ConnectionLost as fault:
-            self._lose(fault)
-            return
-        if data is None:
-            return
-        if not data:
-            self._lose(None)
-            return
-        core = self._core
-        for slot, reply, error in core.receive(data):
-            slot.reply = reply
-            slot.error = error
-            slot.done = True
-        if core.failure is not None:
-            self._lose(None)
-        elif core.waiting:
-            self._send()
-
-    def _lose(self, failure: SrpcError | None) -> None:
-        self._unsent = b""
-        for slot in self._core.lose(failure):
-            slot.error = self._core.lost()
-            slot.done = True
-        if not self._closed:
-            self._closed = True
-            self._poll.unregister(self._link.fd)
-            self._link.close()
-
-    _closed = False
+    # --- the end --------------------------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
         """Whether the connection is over."""
-        return self._closed
+        return self._pump.closed
 
     def close(self) -> None:
         """Close; all sessions end."""
-        if not self._closed:
-            self._send()
-            self._lose(ConnectionLost(message="the connection was closed on this side"))
+        self._pump.say_goodbye()
 
     def __enter__(self) -> Self:
         return self
@@ -341,9 +231,9 @@ class Session:
         place = self._book.get(self._state, path)
         refusal: CallError | None = None
         if place is not None:
-            core, fid = connection._core, place.fid
+            core, fid = connection._pump.core, place.fid
             try:
-                reply: tuple[bytes, bytes] = connection._transact(
+                reply: tuple[bytes, bytes] = connection._pump.transact(
                     lambda slot: core.call(fid, payload, metadata, slot), 0, deadline
                 )
                 return reply
@@ -367,51 +257,45 @@ class Session:
     def call_many(self, path: str, payloads: Iterable[bytes], window: int = 64) -> Iterator[bytes]:
         """Call once for each payload, up to `window` at a time; yields the replies in the payloads' order.
 
-        Raises the first error in that order, as `call`; the calls after it are cancelled. Until the iterator is used up
-        or closed, nothing else may be called on this connection from inside of the loop but with its own answers.
+        Raises the first error in that order, as `call`; the calls after it are cancelled.
         """
-        connection, core = self.connection, self.connection._core
-        flying: deque[tuple[_Slot, int, bytes, Place]] = deque()
+        pump = self.connection._pump
+        flying: deque[tuple[Slot, int, bytes, Place]] = deque()
         waiting = iter(payloads)
-        bound = min(window, BUSY)
-        more = True
         try:
             while True:
-                size = len(connection._unsent)
-                while more and len(flying) < bound and size < HIGH_WATER:
-                    payload = next(waiting, None)
-                    if payload is None:
-                        more = False
-                        break
-                    size += len(payload)
-                    place = self._book.get(self._state, path)
-                    if place is None:
-                        place = connection._run(procedures.place_of(self._book, self._state, path))
-                    slot = _Slot()
-                    flying.append((slot, core.call(place.fid, payload, b"", slot), payload, place))
+                # All that one read has completed is given out before new calls are made: those then go out together.
+                while flying and flying[0][0].done:
+                    slot, _seq, payload, place = flying.popleft()
+                    yield self._taken(path, slot, payload, place)
+                for payload in self._as_many_as(waiting, min(window, BUSY) - len(flying)):
+                    known = self._book.get(self._state, path)
+                    place = known or self.connection._run(procedures.place_of(self._book, self._state, path))
+                    slot = Slot()
+                    flying.append((slot, pump.core.call(place.fid, payload, b"", slot), payload, place))
                 if not flying:
                     return
-                reply = self._first(path, *flying[0])
-                flying.popleft()
-                yield reply
+                pump.claim()
+                try:
+                    pump.until_done(flying[0][0], None)
+                finally:
+                    pump.release()
         finally:
             for _slot, seq, _payload, _place in flying:
-                core.cancel(seq)
-            connection._send()
+                pump.core.cancel(seq)
+            pump.send()
 
-    def _first(self, path: str, slot: _Slot, seq: int, payload: bytes, place: Place) -> bytes:
-        """The reply that `call_many` has to give next."""
-        connection = self.connection
-        connection._claim()
-        try:
-            connection._finish(slot, seq, 0, None)
-        finally:
-            connection._mine.release()
+    def _as_many_as(self, payloads: Iterator[bytes], count: int) -> Iterator[bytes]:
+        for payload in islice(payloads, count):
+            yield payload
+            if self.connection._pump.backlog > HIGH_WATER:
+                return
+
+    def _taken(self, path: str, slot: Slot, payload: bytes, place: Place) -> bytes:
         if isinstance(slot.error, CallError) and slot.error.errno in procedures.RETRIED:
             return self._slowly(path, payload, b"", None, place, slot.error)[0]
-        if slot.error is not None:
-            raise slot.error
-        return slot.reply[0]  # type: ignore[no-any-return]
+        reply: bytes = slot.taken()[0]
+        return reply
 
     def append(self, path: str, text: str, timeout: float | None = None) -> str:
         """As `srpc_client.Session.append`, blocking."""

@@ -179,12 +179,8 @@ class Connection:
             for link in self._held:
                 link.hold(self)
         if stage is Stage.OPEN:
-            reading = not (
-                self._full
-                or self._waiting > limit
-                or self._gate.channel.congested
-                or any(link.congested for link in self.links)
-            )
+            others = self._gate.channel.congested or any(link.congested for link in self.links)
+            reading = not (self._full or self._waiting > limit or others)
         else:
             reading = stage is not Stage.CLOSING
         writing = size > 0 or self._transport.wants_write
@@ -336,10 +332,6 @@ class Connection:
             path = forward.place.path.decode()
             self._tell(ipc.Refusal(self.number, forward.session, OPERATIONS[forward.kind], path, refusal))
 
-    def failed(self, forward: Forward, errno: int) -> None:
-        """A worker died with the request. `settle` follows."""
-        self.session.failed(forward, errno)
-
     # --- effects -------------------------------------------------------------------------------------------------------
 
     def _wait(self, route: Route, forward: Forward) -> None:
@@ -355,7 +347,8 @@ class Connection:
         if self._stage is Stage.OPEN:
             self._resume_number += 1
             self._resumes[self._resume_number] = route
-            self._gate.channel.send(ipc.Resume(self.number, self._resume_number, route.session))
+            worker = route.link.worker if route.link else 0
+            self._gate.channel.send(ipc.Resume(self.number, self._resume_number, route.session, worker))
 
     def _unwait(self, route: Route) -> list[Forward]:
         """What waits on a route, which waits no more."""
@@ -379,6 +372,7 @@ class Connection:
 
     def _forget_session(self, effect: effects.ForgetSession) -> None:
         self._routes.pop(effect.session, None)
+        self._tell(ipc.Detach(self.number, effect.session))
 
     def _flush(self, effect: effects.Flush) -> None:
         forward = effect.forward

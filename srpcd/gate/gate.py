@@ -120,9 +120,13 @@ class Gate:
             self._drained(self.loop.time() + seconds)
 
     def _drained(self, deadline: float) -> None:
-        """End when everything is answered, or the time is over."""
-        if self.loop.time() < deadline and any(each.busy for each in self.connections.values()):
-            self.loop.call_later(DRAIN_CHECK, self._drained, deadline)
+        """Say when everything is answered, and stay, as the services here may be needed; end when the time is over."""
+        if self.loop.time() < deadline:
+            if any(each.busy for each in self.connections.values()):
+                self.loop.call_later(DRAIN_CHECK, self._drained, deadline)
+            else:
+                self.channel.send(ipc.Drained())
+                self.loop.call_at(deadline, self._drained, deadline)
             return
         for connection in list(self.connections.values()):
             connection.expire()

@@ -246,7 +246,7 @@ class Link:
         pending, self._pending = self._pending, {}
         users, self.users = self.users, set()
         for connection, forward in pending.values():
-            connection.failed(forward, ECONNRESET)
+            connection.session.failed(forward, ECONNRESET)
         for connection in users:
             connection.links.discard(self)
             connection.update()

@@ -146,6 +146,8 @@ class Gate(Child):
         self.connections: dict[int, Connection] = {}
         self.last = 0
         self.untaken: set[int] = set()
+        self.drained = asyncio.Event()
+        self.gone.add_done_callback(lambda _: self.drained.set())
 
 
 class Worker(Child):

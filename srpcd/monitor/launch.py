@@ -55,10 +55,14 @@ class Identity(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """What a child becomes. identity: None stays who it is (personal mode; the authentication child)."""
+    """What a child becomes. identity: None stays who it is (personal mode; the authentication child).
+
+    no_new_privs: False only for the authentication child of a personal daemon, whose PAM needs the set-gid `unix_chkpwd`.
+    """
 
     identity: Identity | None
     limits: dict[int, int]
+    no_new_privs: bool = True
 
 
 def launch_table(code: str, libraries: list[str]) -> Table:
@@ -121,7 +125,8 @@ def _become(drop: Drop, parent: int) -> None:
     confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)  # after setresuid, which clears it
     if os.getppid() != parent:  # the monitor died before the line above
         raise ProcessLookupError("the monitor is gone")
-    confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)
+    if drop.no_new_privs:
+        confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)
 
 
 def _fork(work: Callable[[], None]) -> tuple[int, int]:

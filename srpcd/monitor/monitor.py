@@ -91,6 +91,9 @@ class Monitor:
     def proved(self, worker: Worker, _message: ipc.Proved) -> None:
         worker.serving()
 
+    def drained(self, gate: Gate, _message: ipc.Drained) -> None:
+        gate.drained.set()
+
     # --- connections ---------------------------------------------------------------------------------------------------
 
     def connection(self, gate: Gate, number: int) -> Connection | None:
@@ -216,7 +219,7 @@ class Monitor:
         seconds, child = self.config.authentication.timeout, None
         try:
             async with self._slots.place(connection.origin, seconds):
-                child = self.start(PamChild, message.uname, Drop(None, {}))
+                child = self.start(PamChild, message.uname, Drop(None, {}, not self.personal))
                 self._introduce(connection, message, child)
                 await asyncio.wait_for(asyncio.shield(child.gone), seconds)
                 return child.result or ipc.Outcome(EACCES, "the authentication child died", 0)
@@ -261,7 +264,7 @@ class Monitor:
             gate.send(ipc.Refused(message.conn, message.request, EACCES, text))
         else:
             expires = time.monotonic() + self.config.authentication.session_age
-            self._grant(connection, message.request, afid.uname, aname, next(self._numbers), expires)
+            self._grant(connection, message.request, afid.uname, aname, (next(self._numbers), expires, 0))
 
     def resume(self, gate: Gate, message: ipc.Resume) -> None:
         connection = self.connection(gate, message.conn)
@@ -272,9 +275,21 @@ class Monitor:
             connection.sessions.pop(message.session, None)
             gate.send(ipc.Refused(message.conn, message.request, EKEYEXPIRED, ""))
         else:
-            self._grant(connection, message.request, session.user, "", message.session, session.expires)
+            session_ = (message.session, session.expires, message.worker)
+            self._grant(connection, message.request, session.user, "", session_)
 
-    def _grant(self, connection: Connection, request: int, user: str, aname: str, number: int, expires: float) -> None:
+    def detach(self, gate: Gate, message: ipc.Detach) -> None:
+        connection = self.connection(gate, message.conn)
+        session = connection.sessions.pop(message.session, None) if connection else None
+        if connection and session and all(each.worker is not session.worker for each in connection.sessions.values()):
+            connection.workers.discard(session.worker)
+            session.worker.connections.discard(connection)
+            self._idle(session.worker)
+
+    def _grant(self, connection: Connection, request: int, user: str, aname: str, session: tuple[int, float, int]) -> None:
+        """Answer an attach or resume. session: its number, when it expires, the worker that the gate has lost."""
+        number, expires, lost = session
+
         async def grant() -> None:
             gate, errno, text = connection.gate, 0, ""
             try:
@@ -282,6 +297,8 @@ class Monitor:
                 connection.workers.add(worker)
                 worker.connections.add(connection)
                 connection.sessions[number] = Session(user, worker, expires)
+                if worker.number == lost:
+                    worker.gates.discard(gate)  # it lives, but its pipes to this gate do not
                 self._link(gate, worker, ipc.Attached(connection.number, request, number, worker.number))
             except Denied as denied:
                 errno, text = denied.errno, denied.message

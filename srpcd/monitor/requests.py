@@ -41,6 +41,8 @@ REQUESTS: dict[type[ipc.Message], Rule] = {
     ipc.ForgetAfid: Rule("gate", State.SERVING, "forget_afid"),
     ipc.Attach: Rule("gate", State.SERVING, "attach"),
     ipc.Resume: Rule("gate", State.SERVING, "resume"),
+    ipc.Detach: Rule("gate", State.SERVING, "detach"),
+    ipc.Drained: Rule("gate", State.SERVING, "drained"),
     ipc.Refusal: Rule("gate", State.SERVING, "refusal"),
     ipc.Announce: Rule("gate", State.SERVING, "announce", local=True),
     ipc.Withdraw: Rule("gate", State.SERVING, "withdraw", local=True),

@@ -23,8 +23,8 @@ _UNTAKEN = 64
 """Connections that a gate has not yet taken; more wait in the listening socket."""
 _LOOK = 1.0
 """Seconds between two looks at permissions and ages."""
-_LONGEST_PAUSE = 5.0
-"""Seconds at most between the death of a gate and the next try; half a second at first."""
+_FIRST_PAUSE, _LONGEST_PAUSE, _GOOD_LIFE = 0.1, 1.0, 10.0
+"""Seconds between the death of a gate and the next try, doubled each time unless it lived for `_GOOD_LIFE`."""
 
 
 class Front(NamedTuple):
@@ -78,15 +78,15 @@ class Service:
         gates = [gate for gate in self._gates.values() if not gate.gone.done()]
         for gate in gates:
             gate.send(ipc.Drain(int(seconds * 1000)))
-        if gates:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*(asyncio.shield(gate.gone) for gate in gates)), seconds + 1)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(gate.drained.wait() for gate in gates)), seconds + 1)
         for gate in gates:
+            gate.release()
             self._over(gate)
 
     async def _keep(self, front: Front) -> None:
         """Keep one gate running."""
-        pause, log = 0.5, self._monitor.log
+        pause, log = _FIRST_PAUSE, self._monitor.log
         while True:
             started = time.monotonic()
             gate = self._start(front)
@@ -100,7 +100,7 @@ class Service:
             for listener in front.listeners:
                 asyncio.get_running_loop().remove_reader(listener)
             self._over(gate)
-            pause = 0.5 if time.monotonic() - started > 60 else min(pause * 2, _LONGEST_PAUSE)
+            pause = _FIRST_PAUSE if time.monotonic() - started > _GOOD_LIFE else min(pause * 2, _LONGEST_PAUSE)
             log.event("error", "gate-restart", gate=front.kind, status=status, wait=f"{pause:g}s")
             await asyncio.sleep(pause)
 

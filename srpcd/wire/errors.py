@@ -33,8 +33,11 @@ SENTENCES = {
 
 
 def code(errno: int) -> str:
-    """The name of an errno: `"EACCES"`; `"E<number>"` for one that this system does not name."""
-    return _errno.errorcode.get(errno, f"E{errno}")
+    """The name of an errno: `"EACCES"`; `"E<number>"` for one that this system does not name.
+
+    95 has two names on Linux; the protocol's is EOPNOTSUPP.
+    """
+    return "EOPNOTSUPP" if errno == _errno.EOPNOTSUPP else _errno.errorcode.get(errno, f"E{errno}")
 
 
 def sentence(errno: int) -> str:

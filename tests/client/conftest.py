@@ -93,17 +93,17 @@ class Peer:
                         self.serve(kind, seq, body)
                     except WireError as fault:
                         self.fail(seq, fault.errno, fault.message)
-        except (OSError, SSL.Error):
+        except (OSError, SSL.Error, ValueError):  # ValueError: hung up before it began
             pass
         finally:
-            self.close()
+            self.socket.close()
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
+        """Only shut down: its own thread closes, so that the descriptor's number can't be another's meanwhile."""
         try:
             self.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        self.socket.close()
 
     def serve(self, kind: int, seq: int, body: bytes) -> None:
         override = self.daemon.on.get(kind)
@@ -314,7 +314,7 @@ class FakeDaemon:
 
     def drop_connections(self) -> None:
         for peer in self.peers:
-            peer.close()
+            peer.hang_up()
         self.peers.clear()
 
     def tell_line(self, number: int) -> None:

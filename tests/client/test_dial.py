@@ -290,7 +290,7 @@ async def test_a_timeout_cancels_the_call_at_the_server(daemon: FakeDaemon, dial
     assert await dialer.call(connection, "/calc/add", b"1 2", timeout=5) == b"3"
     assert daemon.count("flush") == 2
     assert daemon.peers[0].pending == {}
-    assert connection._core.outstanding == 0 if dialer.kind == "blocking" else connection._pump.core.outstanding == 0
+    assert connection._pump.core.outstanding == 0
 
 
 async def test_an_answer_that_comes_after_its_caller_gave_up_meets_nobody_else(local: FakeDaemon, dialer: Dialer) -> None:
@@ -686,7 +686,7 @@ def test_one_call_is_one_write_and_one_read(make_remote: MakeRemote) -> None:
     remote = make_remote()
     with blocking.dial(remote.address, pins=remote.pin, user="alice", password="secret") as connection:
         connection.call("/echo", b"")
-        link = connection._link
+        link = connection._pump._link
         counts = {"send": 0, "receive": 0}
 
         class Counted:
@@ -701,7 +701,7 @@ def test_one_call_is_one_write_and_one_read(make_remote: MakeRemote) -> None:
                 counts["receive"] += 1
                 return link.receive()
 
-        connection._link = Counted()
+        connection._pump._link = Counted()
         for _ in range(50):
             connection.call("/echo", b"x")
         assert counts == {"send": 50, "receive": 50}

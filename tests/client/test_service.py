@@ -395,6 +395,25 @@ async def test_cancelling_a_call_cancels_its_asynchronous_handler(
     assert seen == ["begun", "cancelled"]
 
 
+async def test_a_withdrawn_handler_finishes_the_calls_that_it_has(
+    local: FakeDaemon, tree: Path, make_line: MakeLine
+) -> None:
+    async def handler(request: Request) -> bytes:
+        await asyncio.sleep(0.1)
+        return request.payload
+
+    worker = make_line()
+    async with serving(local, tree, worker, handler):
+        worker.call(1, b"x")
+        await in_thread(worker.reply, 1)
+        for seq in range(2, 50):
+            worker.call(seq, b"y")
+        await asyncio.sleep(0.02)
+    for seq in range(2, 50):
+        assert worker.reply(seq) == b"y"
+    await until(lambda: not worker.read())
+
+
 # --- the daemon goes and comes back ------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ import pytest
 from srpcd import ipc
 from srpcd.wire import frames, messages
 from srpcd.wire.frames import AUTH, CALL, HEADER, PING, WALK, frame
-from tests.gate.world import Client, World
+from tests.gate.client import Client
+from tests.gate.world import World
 
 Start = Callable[..., World]
 
@@ -160,127 +161,6 @@ def test_an_ended_session_is_expired_and_the_user_attaches_again(world: World) -
     assert client.ask(frames.ATTACH, messages.Attach(1, 9, "alice"))["is_dir"]
     client.walk("echo", 10, 9)
     assert client.call(b"x", 10) == b"x"
-
-
-# --- slow ones ---------------------------------------------------------------------------------------------------------
-
-
-def resident(pid: int) -> int:
-    with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_a_reader_that_takes_nothing_holds_a_bounded_part_of_memory_and_is_disconnected(start: Start) -> None:
-    world = start("local", buffer=1 << 20, stall=0.5)
-    slow, other = world.connect(), world.connect()
-    for client, user in ((slow, "alice"), (other, "bob")):
-        client.log_in(user)
-        client.walk("size")
-    before = resident(world.pid)
-    sent = 40
-    slow.send(b"".join(frame(CALL, 1000 + n, messages.call_body(3, b"1000000")) for n in range(sent)))
-    assert other.call(b"10") == bytes(10)
-    assert resident(world.pid) - before < 12 << 20
-    time.sleep(0.8)
-    slow.sock.settimeout(5)
-    size = 0
-    while data := slow.recv():
-        size += len(data)
-    assert size < sent * 1_000_000
-
-
-def test_a_reader_that_pauses_gets_everything(start: Start) -> None:
-    world = start("tls", buffer=1 << 17)
-    client = world.connect(buffers={"SO_SNDBUF": 1 << 16})
-    client.log_in()
-    client.walk("size")
-    seqs = [client.request(CALL, messages.call_body(3, b"300000")) for _ in range(20)]
-    time.sleep(0.2)
-    assert sorted(client.frame()[1] for _ in seqs) == seqs
-    client.walk("echo", 4)
-    assert client.call(b"x", 4) == b"x"
-
-
-def test_a_worker_that_takes_nothing_stops_those_who_feed_it_and_is_given_up(start: Start) -> None:
-    world = start("local", buffer=1 << 20, stall=0.5)
-    client, other = world.connect(), world.connect()
-    client.log_in("alice")
-    client.walk("echo")
-    other.log_in("bob")
-    other.walk("echo")
-    before = resident(world.pid)
-    world.forget(world.workers[1].read)
-    client.sock.settimeout(0.2)
-    body = messages.call_body(3, bytes(1 << 20))
-    sent = 0
-    try:
-        for _ in range(100):
-            client.send(frame(CALL, 1000 + sent, body))
-            sent += 1
-    except TimeoutError:
-        pass
-    assert sent < 20
-    assert resident(world.pid) - before < 12 << 20
-    assert other.call(b"x") == b"x"
-    client.sock.settimeout(5)
-    assert fails(client) == ECONNRESET
-
-
-def test_a_monitor_that_is_busy_stops_the_clients_for_as_long(local: World) -> None:
-    client = local.connect()
-    client.log_in()
-    local.forget(local.pipe)
-    seqs = list(range(1000, 1600))
-    bodies = [messages.encode(messages.Attach(1, seq, "alice")) for seq in seqs]
-    client.send(b"".join(frame(frames.ATTACH, seq, body) for seq, body in zip(seqs, bodies, strict=True)))
-    time.sleep(0.1)
-    client.sock.settimeout(0.1)
-    ping = client.request(PING)
-    with pytest.raises(TimeoutError):
-        client.frame()
-    client.sock.settimeout(5)
-    local.listen()
-    assert sorted(client.frame()[1] for _ in range(601)) == [ping, *seqs]
-
-
-@pytest.mark.parametrize("kind", ["local", "tls"])
-def test_who_does_not_authenticate_in_time_is_disconnected_but_not_a_service(start: Start, kind: str) -> None:
-    world = start(kind, authentication_timeout=0.3)
-    known, stranger = world.connect(), world.connect()
-    known.log_in()
-    service = world.connect()
-    if kind == "local":
-        service.ask(frames.ANNOUNCE, messages.Announce(1, "calc"))
-    stranger.ask(AUTH, messages.Auth(1, "alice"))
-    begin = time.monotonic()
-    assert stranger.over()
-    assert 0.1 < time.monotonic() - begin < 1
-    assert known.ask(PING) is not None
-    if kind == "local":
-        assert service.ask(PING) is not None
-
-
-def test_who_does_not_finish_the_handshake_in_time_is_disconnected(start: Start) -> None:
-    world = start("tls", handshake_timeout=0.3)
-    client = world.connect(handshake=False)
-    begin = time.monotonic()
-    assert client.over()
-    assert 0.2 < time.monotonic() - begin < 1
-
-
-def test_who_says_nothing_for_long_is_disconnected_unless_something_is_outstanding(start: Start) -> None:
-    world = start("local", idle_timeout=0.3)
-    idle, waiting, service = world.connect(), world.connect(), world.connect()
-    for client in (idle, waiting):
-        client.log_in()
-        client.walk("late")
-    waiting.request(CALL, messages.call_body(3, b""))
-    service.ask(frames.ANNOUNCE, messages.Announce(1, "calc"))
-    assert idle.over()
-    time.sleep(0.2)
-    world.release()
-    assert waiting.frame()[0] == frames.CALL_REPLY
-    assert service.ask(PING) is not None
 
 
 # --- the end -----------------------------------------------------------------------------------------------------------

@@ -24,15 +24,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from OpenSSL import SSL
 
 from srpcd import ipc
-from srpcd.wire import frames, messages
-from srpcd.wire.frames import FrameReader, frame
+from tests.gate.client import PATIENCE, Client
+from tests.gate.fake_worker import Worker
 
 UID = 64111 if os.getuid() == 0 else os.getuid()
 GID = 64112 if os.getuid() == 0 else os.getgid()
-PATIENCE = 5.0
 PACKAGES = ("OpenSSL", "cryptography", "msgspec", "cffi", "typing_extensions.py")
 
 
@@ -74,90 +72,6 @@ def certificate() -> tuple[bytes, bytes]:
     pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
     encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     return key.private_bytes(encoding, form, serialization.NoEncryption()), pem
-
-
-class Worker:
-    """A worker, as its paths say.
-
-    dir… is a directory, none is not there, closed is refused. Calls: echo gives the payload back; late is answered when
-    `World.release` is called; error gives a handler's error; size gives as many bytes as the payload says; broken is an
-    answer that no worker gives; die closes the pipes.
-    """
-
-    def __init__(self, world: "World", number: int) -> None:
-        self.world = world
-        self.number = number
-        from_gate, self.gate_writes = os.pipe()
-        self.gate_reads, to_gate = os.pipe()
-        self.read, self.write = from_gate, to_gate
-        self.reader = FrameReader(ipc.TO_WORKER)
-        self.got: list[tuple[int, int, bytes]] = []
-        self.late: list[tuple[int, bytes]] = []
-        self.paused = threading.Event()
-
-    def readable(self) -> None:
-        data = os.read(self.read, 65536)
-        if not data:
-            self.close()
-            return
-        for kind, tag, body in self.reader.feed(data):
-            self.got.append((kind, tag, body[:100]))
-            self.handle(kind, tag, body)
-
-    def handle(self, kind: int, tag: int, body: bytes) -> None:
-        if kind == ipc.WALK:
-            last = body.rpartition(b"/")[2]
-            if last in (b"none", b"closed"):
-                self.error(tag, 2 if last == b"none" else 13)
-            else:
-                kind = ipc.DIRECTORY if last.startswith(b"dir") or not last else ipc.SERVICE
-                self.send(ipc.WALKED, tag, ipc.WALKED_BODY.pack(7, len(body), kind))
-        elif kind == ipc.STAT:
-            stat = ipc.Stat(7, 8, ipc.DIRECTORY, 0o755, 1, 2, 3, True, True, False, "u", "g", "", ("a", "b"))
-            self.send(ipc.STATTED, tag, stat.pack())
-        elif kind == ipc.FLUSH:
-            (cancelled,) = ipc.FLUSH_BODY.unpack(body)
-            if any(each == cancelled for each, _ in self.late):
-                self.late = [each for each in self.late if each[0] != cancelled]
-                self.error(cancelled, 125)
-            self.send(ipc.FLUSHED, tag)
-        elif kind == ipc.CALL:
-            size = ipc.CALL_HEAD.size
-            *_, length = ipc.CALL_HEAD.unpack_from(body)
-            self.call(tag, body[size : size + length].rpartition(b"/")[2], body[size + length :])
-
-    def call(self, tag: int, name: bytes, rest: bytes) -> None:
-        if name == b"echo":
-            self.send(ipc.CALLED, tag, rest)
-        elif name == b"late":
-            self.late.append((tag, rest))
-        elif name == b"error":
-            self.error(tag, 5, ipc.ORIGIN_HANDLER, b'{"errno":42,"code":"x","message":"no luck"}')
-        elif name == b"size":
-            self.send(ipc.CALLED, tag, bytes(4 + int(rest[4:])))
-        elif name == b"broken":
-            self.send(ipc.WALKED, tag, ipc.WALKED_BODY.pack(1, 2, 0))
-        elif name == b"die":
-            self.close()
-        else:
-            self.error(tag, 6)
-
-    def error(self, tag: int, errno: int, origin: int = ipc.ORIGIN_KERNEL, rest: bytes = b"") -> None:
-        self.send(ipc.WORKER_ERROR, tag, ipc.ERROR_HEAD.pack(errno, origin) + rest)
-
-    def send(self, kind: int, tag: int, body: bytes = b"") -> None:
-        data = frame(kind, tag, body)
-        while data:
-            data = data[os.write(self.write, data) :]
-
-    def close(self) -> None:
-        if self.read >= 0:
-            self.world.forget(self.read)
-            os.close(self.read)
-            os.close(self.write)
-            self.read = self.write = -1
-            if self.world.workers.get(self.number) is self:
-                del self.world.workers[self.number]
 
 
 class World:
@@ -356,7 +270,7 @@ class World:
         self._conn += 1
         self.tell(ipc.Connection(self._conn, "127.0.0.1:9"), (theirs.fileno(),))
         theirs.close()
-        client = Client(self, ours, self._conn, **options)
+        client = Client(self.kind, ours, self._conn, **options)
         self.clients.append(client)
         return client
 
@@ -395,80 +309,3 @@ class World:
         text = self.stderr.read().decode()
         self.stderr.close()
         return text
-
-
-class Client:
-    """A client, step by step."""
-
-    def __init__(
-        self, world: World, sock: socket.socket, number: int, alpn: bytes = b"srpc/1", handshake: bool = True
-    ) -> None:
-        self.world = world
-        self.number = number
-        self.sock = sock
-        self.sock.settimeout(PATIENCE)
-        self.reader = FrameReader(frames.REPLIES)
-        self.frames: list[tuple[int, int, bytes]] = []
-        self.tls: SSL.Connection | None = None
-        self.seq = 0
-        if world.kind == "tls" and handshake:
-            context = SSL.Context(SSL.TLS_CLIENT_METHOD)
-            if alpn:
-                context.set_alpn_protos([alpn])
-            self.sock.settimeout(None)
-            self.tls = SSL.Connection(context, self.sock)
-            self.tls.set_connect_state()
-            self.tls.do_handshake()
-
-    def send(self, data: bytes) -> None:
-        (self.tls or self.sock).sendall(data)
-
-    def recv(self) -> bytes:
-        """Some bytes; none at the end."""
-        try:
-            return self.tls.recv(65536) if self.tls else self.sock.recv(65536)
-        except (SSL.ZeroReturnError, SSL.SysCallError, ConnectionResetError):
-            return b""
-
-    def frame(self) -> tuple[int, int, bytes]:
-        """The next frame."""
-        while not self.frames:
-            data = self.recv()
-            assert data, "the gate hung up"
-            self.frames += self.reader.feed(data)
-        return self.frames.pop(0)
-
-    def over(self) -> bool:
-        """Read to the end."""
-        while data := self.recv():
-            self.frames += self.reader.feed(data)
-        return True
-
-    def request(self, kind: int, message: messages.Message | bytes = b"") -> int:
-        """Send a request. Returns its seq."""
-        self.seq += 1
-        body = message if isinstance(message, bytes) else messages.encode(message)
-        self.send(frame(kind, self.seq, body))
-        return self.seq
-
-    def ask(self, kind: int, message: messages.Message | bytes = b"") -> Any:
-        """Send a request, and take its reply: JSON as a dictionary, a call's payload, or the errno of an error."""
-        seq = self.request(kind, message)
-        reply, got, body = self.frame()
-        assert got == seq
-        assert reply in (kind + 1, frames.ERROR)
-        if reply == frames.ERROR:
-            return json.loads(body)["errno"]
-        return body[4:] if reply == frames.CALL_REPLY else json.loads(body or b"null")
-
-    def log_in(self, uname: str = "alice", afid: int = 1, fid: int = 2) -> None:
-        """Authenticate and attach."""
-        assert self.ask(frames.AUTH, messages.Auth(afid, uname))["prompts"][-1]["text"] == "Password:"
-        assert self.ask(frames.APPEND, messages.Append(afid, uname[::-1]))["data"] == "1"
-        assert self.ask(frames.ATTACH, messages.Attach(afid, fid, uname)) == {"qid": "7:0", "is_dir": True}
-
-    def walk(self, path: str, fid: int = 3, root: int = 2) -> Any:
-        return self.ask(frames.WALK, messages.Walk(root, fid, path))
-
-    def call(self, payload: bytes = b"", fid: int = 3) -> Any:
-        return self.ask(frames.CALL, messages.call_body(fid, payload))

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from _socket import socket as Socket
+from typing import Any
 
 sys.path[:0] = [sys.argv[1]]
 
@@ -65,7 +66,8 @@ def main() -> None:
     assert received is not None
     tell(ipc.Ready())
     while True:
-        ready, _, _ = select.select([MONITOR, *clients], [], [])
+        waiting: list[Any] = [MONITOR, *clients]
+        ready, _, _ = select.select(waiting, [], [])
         if MONITOR in ready:
             listen(0)
         for fd in [each for each in ready if isinstance(each, int)]:

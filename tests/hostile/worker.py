@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from _socket import socket as Socket
+from typing import Any
 
 sys.path[:0] = [sys.argv[1]]
 
@@ -69,7 +70,8 @@ def main() -> None:
     globals()["setup"] = received[0]
     tell(ipc.Proved())
     while True:
-        ready, _, _ = select.select([MONITOR, *gates], [], [])
+        waiting: list[Any] = [MONITOR, *gates]
+        ready, _, _ = select.select(waiting, [], [])
         if MONITOR in ready:
             listen(0)
         for fd in [each for each in ready if isinstance(each, int)]:

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -161,12 +160,19 @@ def test_the_deadline_kills_the_whole_group(start: "Callable[..., Bench]", progr
     assert not sleepers(os.getuid() or 65101)
 
 
+def sleeps(pid: str, uid: int) -> bool:
+    try:
+        facts = Path(f"/proc/{pid}/status").read_text().split("\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return facts[0].split()[1] == "sleep" and f"Uid:\t{uid}\t" in "\n".join(facts)
+
+
 def sleepers(uid: int) -> list[str]:
     """Sleeps of a user that still run after a moment."""
     found: list[str] = []
     for _ in range(100):
-        listed = subprocess.run(["pgrep", "-u", str(uid), "-x", "sleep"], capture_output=True, text=True, check=False)
-        found = [pid for pid in listed.stdout.split() if alive(int(pid))]
+        found = [pid for pid in os.listdir("/proc") if pid.isdigit() and sleeps(pid, uid) and alive(int(pid))]
         if not found:
             break
         time.sleep(0.01)

@@ -1,0 +1,158 @@
+"""Moves bytes between a `ClientCore` and a `Link` while somebody waits: one write, one poll, one read for a lone call."""
+
+import time
+from _thread import allocate_lock
+from collections.abc import Callable
+from select import POLLIN, POLLOUT, poll
+from typing import Any
+
+from srpc_client.core import ClientCore
+from srpc_client.errors import CallTimeout, ConnectionLost, SrpcError
+from srpc_client.link import Link
+
+
+class Slot:
+    """Where one request's answer is put."""
+
+    __slots__ = ("done", "error", "reply")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.reply: Any = None
+        self.error: SrpcError | None = None
+
+    def taken(self) -> Any:
+        """The reply. Raises what the request was answered with."""
+        if self.error is not None:
+            raise self.error
+        return self.reply
+
+
+class Pump:
+    """One connection's pump. core: to be asked directly, by whoever has claimed the pump."""
+
+    def __init__(self, link: Link) -> None:
+        self.core: ClientCore[Slot] = ClientCore()
+        self.fd = link.fd
+        """What to wait on, for somebody who does not wait in `until_done`."""
+        self.closed = False
+        """Whether the connection is over."""
+        self.on_over: Callable[[], object] | None = None
+        """Called when the connection has ended, before its descriptor is closed."""
+        self._link = link
+        self._unsent: bytes | memoryview = b""
+        self._poll = poll()
+        self._poll.register(link.fd, POLLIN)
+        self._mine = allocate_lock()
+
+    def claim(self) -> None:
+        """Be the only one to use it, until `release`. Raises RuntimeError where somebody else is at it."""
+        if not self._mine.acquire(False):
+            raise RuntimeError("the connection is in use by another thread: each thread needs one of its own")
+
+    def release(self) -> None:
+        """Others may use it."""
+        self._mine.release()
+
+    def transact(self, start: Callable[[Slot], int], fid: int, deadline: float | None) -> Any:
+        """Start a request and pump until its answer is there; give it up where that does not happen.
+
+        start: makes the request in the core for a slot, and returns its seq. fid: that it makes, or 0. deadline: by
+        time.monotonic. Returns the reply. Raises CallError, CallTimeout, ConnectionLost, RuntimeError (`claim`).
+        """
+        self.claim()
+        try:
+            slot = Slot()
+            seq = start(slot)
+            try:
+                self.until_done(slot, deadline)
+            except BaseException:  # the time is over, or a KeyboardInterrupt
+                if slot.done and slot.error is None and fid:
+                    self.core.clunk(fid)
+                self.core.cancel(seq, fid)
+                self.send()
+                raise
+        finally:
+            self._mine.release()
+        return slot.taken()
+
+    def until_done(self, slot: Slot, deadline: float | None) -> None:
+        """Send and receive until the slot is filled. Raises CallTimeout."""
+        self.send()
+        while not slot.done:
+            if deadline is None:
+                events = self._poll.poll()
+            else:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise CallTimeout
+                events = self._poll.poll(left * 1000 + 1)
+            for _fd, event in events:
+                if event & ~POLLOUT:
+                    self.receive()
+                if event & POLLOUT:
+                    self.send()
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait to be sent."""
+        return len(self._unsent) + self.core.waiting
+
+    def send(self) -> None:
+        """Send as much as goes out now."""
+        waited = len(self._unsent) > 0
+        data = self._unsent or self.core.take()
+        try:
+            while data:
+                sent = self._link.send(data)
+                if sent < len(data):
+                    data = memoryview(data)[sent:]
+                    break
+                data = self.core.take()
+        except ConnectionLost as fault:
+            self.lose(fault)
+            return
+        self._unsent = data
+        if bool(data) != waited:
+            self._poll.modify(self._link.fd, POLLIN if waited else POLLIN | POLLOUT)
+
+    def receive(self) -> None:
+        """Take what has come in, and hand it to its slots."""
+        try:
+            data = self._link.receive()
+        except ConnectionLost as fault:
+            self.lose(fault)
+            return
+        if data is None:
+            return
+        if not data:
+            self.lose(None)
+            return
+        core = self.core
+        for slot, reply, error in core.receive(data):
+            slot.reply = reply
+            slot.error = error
+            slot.done = True
+        if core.failure is not None:
+            self.lose(None)
+        elif core.waiting:
+            self.send()
+
+    def lose(self, failure: SrpcError | None) -> None:
+        """End the connection; each outstanding request gets its one error."""
+        self._unsent = b""
+        for slot in self.core.lose(failure):
+            slot.error = self.core.lost()
+            slot.done = True
+        if not self.closed:
+            self.closed = True
+            self._poll.unregister(self._link.fd)
+            if self.on_over is not None:
+                self.on_over()
+            self._link.close()
+
+    def say_goodbye(self) -> None:
+        """Send what still waits, as far as that needs no waiting (clunks, mostly), and end the connection."""
+        if not self.closed:
+            self.send()
+            self.lose(ConnectionLost(message="the connection was closed on this side"))

@@ -1,0 +1,233 @@
+"""A worker that was taken over gets nothing that its user could not have.
+
+The worker is a real process under the real monitor, behind a real gate; it runs what these tests call it with
+(tests/hostile/worker.py). The service and the lines are real.
+"""
+
+from collections.abc import Iterator
+from errno import EACCES, EBADF, ENOENT, EPERM, ESTALE
+
+import pytest
+
+from srpc_client import blocking
+from tests import realm
+from tests.hostile.puppet import hostile_daemon
+from tests.integration import stage
+
+pytestmark = pytest.mark.needs_root
+
+ATTEMPT = """
+def attempt(work):
+    try:
+        return work()
+    except OSError as fault:
+        return -fault.errno
+
+def want(path, dev=None, ino=None):
+    found = os.stat(os.path.join(setup.tree, path)) if dev is None else None
+    tell(ipc.LinesWanted(path, found.st_dev if found else dev, found.st_ino if found else ino))
+    answer = wait(ipc.Lines)
+    return answer[0].errno if answer else None
+
+def line(path):
+    assert want(path) == 0
+    inode = os.stat(os.path.join(setup.tree, path)).st_ino
+    while (found := wait(ipc.Line)) and found[0].ino != inode:
+        pass
+    return found
+"""
+WATCHED = """
+import asyncio, sys
+from srpc_client import announce
+
+async def main():
+    async with await announce("/calc/watched", address=sys.argv[1], group="calc") as announcement:
+        async for line in announcement.listen():
+            asyncio.get_running_loop().create_task(serve(line))
+
+async def serve(line):
+    async for request in line:
+        request.reply(f"{line.caller.user} {request.payload.decode()}".encode())
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon(private_realm: realm.Place) -> Iterator[realm.Daemon]:
+    with hostile_daemon("worker") as running:
+        stage.make_directory(running.tree / "calc", "svc", "calc")
+        with stage.service(running, "/calc/echo", "/calc/slow"):
+            yield running
+
+
+@pytest.fixture
+def alice(daemon: realm.Daemon) -> Iterator[blocking.Connection]:
+    with stage.dial(daemon, "alice") as connection:
+        yield connection
+
+
+@pytest.fixture
+def bob(daemon: realm.Daemon) -> Iterator[blocking.Connection]:
+    with stage.dial(daemon, "bob") as connection:
+        yield connection
+
+
+def run(connection: blocking.Connection, code: str) -> object:
+    """What `result` is after the worker has run the code."""
+    text = connection.call("/x", (ATTEMPT + code).encode(), timeout=15).decode()
+    if text.startswith("Traceback"):
+        pytest.fail(text)
+    return eval(text)
+
+
+def test_it_gets_a_line_where_its_user_may_call(alice: blocking.Connection) -> None:
+    assert run(alice, "result = want('calc/echo')") == 0
+
+
+def test_it_gets_no_line_where_its_user_may_not_call(bob: blocking.Connection) -> None:
+    assert run(bob, "result = want('calc/echo')") == EACCES
+
+
+def test_it_gets_no_line_to_an_inode_that_it_made_up(alice: blocking.Connection) -> None:
+    assert run(alice, "result = want('calc/echo', 1, 2)") == ESTALE
+
+
+def test_it_gets_no_line_to_what_is_no_pipe(alice: blocking.Connection, daemon: realm.Daemon) -> None:
+    file = daemon.tree / "plain"
+    file.write_text("x")
+    file.chmod(0o666)
+    link = daemon.tree / "link"
+    link.symlink_to("calc/echo")
+    try:
+        assert run(alice, "result = want('plain')") == ENOENT
+        assert run(alice, "result = want('link')") != 0
+        assert run(alice, "result = want('calc')") == ENOENT
+    finally:
+        file.unlink()
+        link.unlink()
+
+
+def test_its_ends_of_a_line_are_good_for_one_direction_each(alice: blocking.Connection) -> None:
+    code = """
+message, (write, read) = line('calc/slow')
+result = [attempt(lambda: os.read(write, 10)), attempt(lambda: os.write(read, b'x')),
+          attempt(lambda: os.open(f'/proc/self/fd/{write}', os.O_RDONLY | os.O_NONBLOCK)),
+          attempt(lambda: os.open(f'/proc/self/fd/{read}', os.O_WRONLY | os.O_NONBLOCK))]
+"""
+    assert run(alice, code) == [-EBADF, -EBADF, -EACCES, -EACCES]
+
+
+def test_it_can_not_enter_the_directories_of_lines(alice: blocking.Connection, daemon: realm.Daemon) -> None:
+    uid = realm.account("svc").uid
+    code = f"""
+lines = {str(daemon.lines)!r}
+result = [attempt(lambda: os.listdir(lines)), attempt(lambda: os.listdir(lines + '/{uid}'))]
+result += sorted({{attempt(lambda: os.open(f'{{lines}}/{uid}/{{n}}/{{end}}', flags)) for n in range(30)
+                   for end, flags in (('recv', os.O_RDONLY), ('recv', os.O_WRONLY | os.O_NONBLOCK), ('send', 1))}})
+"""
+    found = run(alice, code)
+    assert isinstance(found, list)
+    assert found[:2] == [-EACCES, -EACCES]
+    assert set(found[2:]) <= {-EACCES, -ENOENT}
+
+
+def test_a_service_is_never_told_that_the_caller_is_somebody_else(alice: blocking.Connection, daemon: realm.Daemon) -> None:
+    """The first frame is the monitor's; a second one, which only the worker can have written, ends the line."""
+    code = """
+from srpcd.wire import frames
+message, (write, read) = line('calc/watched')
+call = lambda seq, text: frames.frame(frames.CALL, seq, frames.CALL_HEAD.pack(0, 0) + text)
+os.write(write, call(1, b'honest'))
+select.select([read], [], [], 5)
+first = os.read(read, 4096)
+forged = frames.caller_frame(0, 0, (0,), 'root', '', '/calc/watched')
+attempt(lambda: os.write(write, forged + call(2, b'forged')))
+select.select([read], [], [], 5)
+result = first[24:], attempt(lambda: os.read(read, 4096))
+"""
+    before = len(daemon.events("announce", outcome="granted"))
+    process = realm.popen_as("svc", realm.python(WATCHED, f"unix:{daemon.local}"))
+    try:
+        daemon.wait_event("announce", 10, before + 1, outcome="granted")
+        first, second = run(alice, code)  # type: ignore[misc]
+        assert first == b"alice honest"
+        assert b"root" not in second
+    finally:
+        process.kill()
+        realm.finish(process)
+
+
+def test_it_can_not_end_the_line_of_another_worker(alice: blocking.Connection, daemon: realm.Daemon) -> None:
+    realm.grant(daemon.tree / "calc/echo", "w", uid=realm.account("bob").uid)
+    echo = """
+from srpcd.wire import frames
+write, read = line('calc/echo')[1] if 'mine' not in setup.__dict__ else setup.__dict__['mine']
+setup.__dict__['mine'] = write, read
+os.write(write, frames.frame(frames.CALL, 1, frames.CALL_HEAD.pack(0, 0) + b'hi'))
+select.select([read], [], [], 5)
+result = os.read(read, 4096)[24:]
+"""
+    try:
+        with stage.dial(daemon, "bob") as bob:
+            assert bytes(run(bob, echo)).startswith(b"bob:")  # type: ignore[call-overload]
+            run(alice, "for n in range(1, 100): (tell(ipc.LineGone(n)), time.sleep(.002))")
+            assert bytes(run(bob, echo)).startswith(b"bob:")  # type: ignore[call-overload]
+    finally:
+        realm.strip(daemon.tree / "calc/echo")
+
+
+def test_a_line_that_it_keeps_after_the_right_was_taken_away_is_of_no_use_for_long(
+    alice: blocking.Connection, daemon: realm.Daemon
+) -> None:
+    pipe = daemon.tree / "calc/echo"
+    mode = pipe.stat().st_mode & 0o777
+    assert run(alice, "kept = line('calc/echo') if want('calc/echo') == 0 else None; result = 1") == 1
+    pids = {each.pid for each in daemon.processes("worker", "alice")}
+    try:
+        pipe.chmod(0o600)
+        assert stage.eventually(lambda: not pids & {each.pid for each in daemon.processes("worker", "alice")}, 5)
+    finally:
+        pipe.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "ipc.Ready()",
+        "ipc.Proved()",
+        "ipc.Attach(1, 1, 1, 'bob', '')",
+        "ipc.Authenticate(1, 1, 'peer', 'bob', '')",
+        "ipc.Announce(1, 1, 'calc/echo')",
+        "ipc.Outcome(0, '', 0)",
+        "ipc.LinesWanted('../etc/passwd', 1, 1)",
+        "ipc.LinesWanted('calc/../calc/echo', 1, 1)",
+        "ipc.LinesWanted('/calc/echo', 1, 1)",
+    ],
+)
+def test_a_request_that_no_honest_worker_makes_ends_it(daemon: realm.Daemon, message: str) -> None:
+    kills = len(daemon.events("process-kill", role="worker"))
+    with stage.dial(daemon, "alice") as connection:
+        with pytest.raises(OSError, match="ECONNRESET"):
+            run(connection, f"tell({message}); time.sleep(5)")
+        assert "violation" in daemon.wait_event("process-kill", count=kills + 1, role="worker")["reason"]
+        assert run(connection, "result = 'another one'") == "another one"
+
+
+def test_it_can_not_become_anybody_or_read_what_is_root_s(alice: blocking.Connection, daemon: realm.Daemon) -> None:
+    code = f"""
+import ctypes
+result = [attempt(lambda: os.setresuid(0, 0, 0)), attempt(lambda: os.setgroups([0])),
+          attempt(lambda: os.open('/etc/shadow', os.O_RDONLY)), attempt(lambda: os.kill({daemon.pid}, 15)),
+          attempt(lambda: os.listdir('/proc/{daemon.pid}/fd'))]
+"""
+    assert run(alice, code) == [-EPERM, -EPERM, -EACCES, -EPERM, -EACCES]
+
+
+def test_no_descriptor_gets_from_it_to_anybody(alice: blocking.Connection) -> None:
+    code = """
+import array
+result = attempt(lambda: MONITOR.sendmsg([b'x'], [(1, 1, array.array('i', [0]))]))
+result = result, [attempt(lambda: Socket(fileno=os.dup(write)).family) for write, _ in gates.values()]
+"""
+    assert run(alice, code) == (-32, [-88])

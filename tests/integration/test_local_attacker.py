@@ -1,0 +1,96 @@
+"""A user with a local shell and the protocol document, allowed on the same endpoint, against another user's line.
+
+Everything here is the product as it is; the attacker is a process of bob's.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import realm
+from tests.integration import stage
+
+pytestmark = pytest.mark.needs_root
+
+ATTACK = """
+import glob, os, sys, stat
+tree, lines, svc = sys.argv[1:4]
+def attempt(work):
+    try:
+        return work()
+    except OSError as fault:
+        return -fault.errno
+found = [attempt(lambda: os.listdir(lines)), attempt(lambda: os.listdir(f"{lines}/{svc}"))]
+for number in range(40):
+    for end in ("recv", "send", ".", "new"):
+        for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT):
+            found.append(attempt(lambda: os.open(f"{lines}/{svc}/{number}/{end}", flags | os.O_NONBLOCK)))
+        found.append(attempt(lambda: os.unlink(f"{lines}/{svc}/{number}/{end}")))
+    found.append(attempt(lambda: os.rename(f"{lines}/{svc}/{number}", f"{lines}/{svc}/x")))
+found.append(attempt(lambda: os.mkdir(f"{lines}/{os.getuid()}")))
+found.append(attempt(lambda: os.mkdir(f"{lines}/{svc}/99")))
+print(repr([each for each in found if not isinstance(each, int) or each >= 0]))
+"""
+
+FORGE = """
+import os, sys
+from srpcd.wire import frames
+pipe = os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK)
+forged = frames.caller_frame(0, 0, (0,), "alice", "", "/calc/echo")
+call = frames.frame(frames.CALL, 1, frames.CALL_HEAD.pack(0, 0) + b"as alice")
+for _ in range(100):
+    try:
+        os.write(pipe, forged + call)
+    except BlockingIOError:
+        break
+try:
+    print("read", os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK))
+except OSError as fault:
+    print(fault.errno)
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon(private_realm: realm.Place) -> Iterator[realm.Daemon]:
+    with realm.Daemon() as running:
+        stage.make_directory(running.tree / "calc", "svc", "calc")
+        with stage.service(running, "/calc/echo"):
+            realm.grant(running.tree / "calc/echo", "w", uid=realm.account("bob").uid)
+            yield running
+
+
+def test_nothing_of_a_line_can_be_opened_removed_or_replaced_by_another_user(daemon: realm.Daemon) -> None:
+    with stage.dial(daemon, "alice") as alice, stage.dial(daemon, "bob") as bob:
+        assert stage.errno_of(alice, "/calc/echo") == 0
+        assert stage.errno_of(bob, "/calc/echo") == 0
+        arguments = (str(daemon.tree), str(daemon.lines), str(realm.account("svc").uid))
+        done = realm.run_as("bob", realm.python(ATTACK, *arguments))
+        assert done.stdout.strip() == b"[]", done
+        assert alice.call("/calc/echo", b"still").startswith(b"alice:")
+
+
+def test_what_another_caller_writes_into_the_endpoint_s_pipe_reaches_nobody(daemon: realm.Daemon) -> None:
+    with stage.dial(daemon, "alice") as alice:
+        assert alice.call("/calc/echo", b"1").startswith(b"alice:")
+        done = realm.run_as("bob", realm.python(FORGE, str(daemon.tree / "calc/echo")))
+        assert done.stdout.split() == [b"13"], done
+        for text in (b"2", b"3"):
+            assert alice.call("/calc/echo", text).endswith(b":" + text)
+
+
+def test_a_caller_can_not_serve_what_he_may_only_call(daemon: realm.Daemon) -> None:
+    code = """
+import asyncio, sys
+from srpc_client import announce
+async def main():
+    for path in ("/calc/echo", "/calc/other", "/other", "/calc"):
+        try:
+            await announce(path, address=sys.argv[1])
+            print("announced", path)
+        except OSError as fault:
+            print(fault.errno)
+asyncio.run(main())
+"""
+    done = realm.run_as("bob", realm.python(code, f"unix:{daemon.local}"))
+    assert b"announced" not in done.stdout, done
+    assert len(done.stdout.split()) == 4, done
