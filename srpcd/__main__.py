@@ -5,6 +5,7 @@ import asyncio
 import os
 import pwd
 import resource
+import signal
 import socket
 import stat
 import sys
@@ -104,6 +105,9 @@ async def _serve(config: Config, log: Log, table: Table, personal: bool) -> None
     try:
         await Service(monitor, fronts, gate, ready).run()
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):  # a second one would end us before the last line
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
         with suppress(FileNotFoundError):
             os.unlink(local)
 
@@ -139,6 +143,8 @@ def _check_reachable(table: Table, gate: Identity) -> None:
     """Gates and workers run as other users: say which directory is closed to them, rather than fail at every start."""
     files = {word for program in (table["gate"], table["worker"]) for word in program.command if os.path.isabs(word)}
     for path in sorted(files):
+        if not os.path.exists(path):
+            raise StartFault(f"{path} is missing: the installation is not complete")
         closed = _in_child(_first_closed, path, gate)
         if closed:
             raise StartFault(

@@ -156,6 +156,8 @@ class _Line:
             except BaseException:  # a signal's: the call is over, but its caller still waits
                 if not request.answered:
                     request.fail(ESHUTDOWN, "the service was ended in the middle of the call")
+                if not self._unsent:
+                    self._write()
                 raise
             if awaitable is not None:
                 _refuse(request, awaitable)

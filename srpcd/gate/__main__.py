@@ -4,6 +4,7 @@ The monitor has dropped all privileges before the exec. Nothing is read from a c
 """
 
 import os
+import resource
 import signal
 import sys
 
@@ -36,6 +37,8 @@ def main() -> None:
     if not isinstance(setup, ipc.GateSetup) or setup.kind != sys.argv[1] or len(fds) != (2 if setup.kind == "tls" else 0):
         raise SystemExit("a gate was told something else than who it is")
     confine.prove(setup.uid, setup.gid, setup.groups, setup.personal)
+    # Not before the exec, as the other limits: execve itself fails where a uid has more processes than this.
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
     from srpcd import config  # noqa: PLC0415
     from srpcd.gate import gate, tls  # noqa: PLC0415

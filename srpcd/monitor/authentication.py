@@ -17,9 +17,8 @@ from srpcd import ipc
 from srpcd.config import Authentication as Settings
 from srpcd.monitor.accounts import Account
 from srpcd.monitor.children import Child
+from srpcd.wire.limits import PAM_CHILDREN_MAX
 
-CHILDREN = 8
-"""PAM children at once; half of them for one origin."""
 FREE_FAILURES, LONGEST_WAIT, REMEMBERED = 3, 30.0, 4096
 """Failures of a (user, origin) without a wait before the next try; seconds of the longest wait; pairs kept."""
 OVERFLOW_UID = 65534
@@ -74,13 +73,13 @@ class Slots:
     """Places for PAM children, in all and by origin: whoever finds none waits in line, for a bounded time."""
 
     def __init__(self) -> None:
-        self._all = asyncio.Semaphore(CHILDREN)
+        self._all = asyncio.Semaphore(PAM_CHILDREN_MAX)
         self._origins: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     @asynccontextmanager
     async def place(self, origin: str, seconds: float) -> AsyncIterator[None]:
         """Hold a place. Raises TimeoutError if there was none in time."""
-        own = self._origins.setdefault(origin, asyncio.Semaphore(CHILDREN // 2))
+        own = self._origins.setdefault(origin, asyncio.Semaphore(PAM_CHILDREN_MAX // 2))
         async with AsyncExitStack() as held:
             async with asyncio.timeout(seconds):
                 await held.enter_async_context(own)

@@ -25,13 +25,10 @@ from srpcd.monitor.launch import Drop, Identity
 from srpcd.monitor.lines import Announcement, Endpoint, Register
 from srpcd.monitor.probe import Proof, probe
 from srpcd.monitor.requests import State, Violation, permitted, plain_path
+from srpcd.wire.limits import AFIDS_MAX, DECIDING_MAX, FAILURES_MAX, LISTENERS_MAX, PROBING_MAX, SESSIONS_MAX
 
 START_SECONDS = 10.0
 """How long a new process may take to prove that it is confined."""
-AFIDS, ANNOUNCEMENTS, PENDING, FAILURES = 64, 256, 16, 6
-"""Of one connection: afids, announcements, requests being decided, failed authentications that end it."""
-PROBING = 64
-"""Endpoints of one worker that are being probed."""
 
 
 class Denied(Exception):
@@ -156,7 +153,7 @@ class Monitor:
             return
         if message.afid in connection.afids or message.mechanism not in ("pam", "peer"):
             raise Violation("an afid twice, or a mechanism that there is none of")
-        if len(connection.afids) >= AFIDS or connection.authenticating:
+        if len(connection.afids) >= AFIDS_MAX or connection.authenticating:
             text = "one authentication at a time on a connection, and a bounded number of afids"
             gate.send(ipc.Verdict(message.conn, message.afid, EAGAIN, text))
             return
@@ -199,7 +196,7 @@ class Monitor:
             aname="/" + afid.aname, errno=errno or None, reason=reason or None,
         )  # fmt: skip
         connection.gate.send(ipc.Verdict(connection.number, message.afid, errno, told))
-        if connection.failures >= FAILURES:
+        if connection.failures >= FAILURES_MAX:
             self.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
             self.connection_over(connection)
 
@@ -311,7 +308,7 @@ class Monitor:
             )  # fmt: skip
 
         connection.pending += 1
-        if connection.pending > PENDING:
+        if connection.pending > DECIDING_MAX or len(connection.sessions) >= SESSIONS_MAX:
             connection.pending -= 1
             connection.gate.send(ipc.Refused(connection.number, request, EAGAIN, "too many requests at once"))
         else:
@@ -419,7 +416,7 @@ class Monitor:
         path = plain_path(message.path)
         if connection.identity is None:
             raise Violation("an announcement for nobody")
-        if connection.pending >= PENDING or len(connection.announcements) >= ANNOUNCEMENTS:
+        if connection.pending >= DECIDING_MAX or len(connection.announcements) >= LISTENERS_MAX:
             gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many announcements"))
             return
         connection.pending += 1
@@ -492,7 +489,7 @@ class Monitor:
 
     def lines_wanted(self, worker: Worker, message: ipc.LinesWanted) -> None:
         path = plain_path(message.path)
-        if worker.probing >= PROBING or len(worker.endpoints) >= self.config.limits.lines_per_worker:
+        if worker.probing >= PROBING_MAX or len(worker.endpoints) >= self.config.limits.lines_per_worker:
             worker.send(ipc.Lines(message.dev, message.ino, EAGAIN))
             return
         worker.probing += 1

@@ -16,13 +16,10 @@ from typing import NamedTuple
 
 from srpcd.monitor import launch
 from srpcd.openat2 import O_PATH, open_beneath
+from srpcd.wire.limits import DEPTH_MAX
 
 SECONDS = 1.0
 """How long a probe may take. The tree is one file system (RESOLVE_NO_XDEV), so nothing in it should block at all."""
-
-
-DEPTH_MAX = 200
-"""Elements of a path: one message carries at most 253 descriptors (SCM_MAX_FD)."""
 
 
 class Proof(NamedTuple):

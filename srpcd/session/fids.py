@@ -8,15 +8,8 @@ from collections import deque
 from errno import EAGAIN, EBADF, EEXIST, EKEYEXPIRED
 
 from srpcd.wire.errors import RequestError
-from srpcd.wire.limits import AFIDS_MAX, FIDS_MAX, LISTENERS_MAX, PROMPT_TEXT_MAX, PROMPTS_MAX
+from srpcd.wire.limits import AFIDS_MAX, FIDS_MAX, HELD_MAX, LINES_MAX, LISTENERS_MAX, PROMPTS_MAX
 from srpcd.wire.messages import Prompt
-
-HELD_MAX = PROMPTS_MAX * PROMPT_TEXT_MAX // 4
-"""Characters of prompts that are kept for the next reply. PAM's texts are shorter; more would not fit into JSON_MAX
-when each is escaped. The oldest are dropped."""
-
-LINES_MAX = 4096
-"""New lines that are kept for an announcement on which nobody listens. The oldest are dropped."""
 
 
 class Attachment:

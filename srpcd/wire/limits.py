@@ -60,6 +60,16 @@ PROMPTS_MAX = 32
 PROMPT_TEXT_MAX = 512
 """Bytes of one prompt's text (PAM_MAX_MSG_SIZE)."""
 
+HELD_MAX = PROMPTS_MAX * PROMPT_TEXT_MAX // 4
+"""Characters of prompts that are kept for the next reply. PAM's texts are shorter; more would not fit into JSON_MAX
+when each is escaped. The oldest are dropped."""
+
+FAILURES_MAX = 6
+"""Failed authentications that end a connection: as many as OpenSSH allows (MaxAuthTries)."""
+
+PAM_CHILDREN_MAX = 8
+"""Authentications at once, half of them from one address: each is a process of root's. More wait in line."""
+
 # --- one connection ----------------------------------------------------------------------------------------------------
 
 FIDS_MAX = 4096
@@ -74,7 +84,22 @@ OUTSTANDING_MAX = 1024
 LISTENERS_MAX = 256
 """Announcements of one connection."""
 
+LINES_MAX = 4096
+"""New lines that are kept for an announcement on which nobody listens. The oldest are dropped."""
+
+DECIDING_MAX = 16
+"""Attaches and announcements of one connection that the monitor is deciding: each may cost it a process."""
+
+SESSIONS_MAX = 1024
+"""Sessions of one connection, which end with their last fid: what the monitor remembers of one connection."""
+
 # --- one worker --------------------------------------------------------------------------------------------------------
+
+PROBING_MAX = 64
+"""Endpoints that are being probed for one worker: each is a process for a moment."""
+
+DEPTH_MAX = 200
+"""Elements of a service endpoint's path: a probe hands over a descriptor for each, and a message takes 253 (unix(7))."""
 
 LINE_OUTSTANDING_MAX = 1024
 """Calls on one line that its handler has not answered, cancelled ones included: a handler that never answers does not

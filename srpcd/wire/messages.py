@@ -11,7 +11,7 @@ import msgspec
 
 from srpcd.wire import errors, frames
 from srpcd.wire.errors import ProtocolError, RequestError
-from srpcd.wire.limits import ERROR_MESSAGE_MAX, METADATA_MAX, NAME_MAX, PATH_MAX, STAT_PAGE
+from srpcd.wire.limits import ERROR_MESSAGE_MAX, METADATA_MAX, NAME_MAX, PATH_MAX, PAYLOAD_MAX, STAT_PAGE
 
 U64 = Annotated[int, msgspec.Meta(ge=0)]
 """msgspec has no bounds beyond 63 bits: `decode` checks the upper one."""
@@ -245,6 +245,8 @@ def split_call(body: bytes, seq: int = 0) -> tuple[int, bytes]:
         raise ProtocolError(EMSGSIZE, f"call: {metadata} bytes of metadata, at most {METADATA_MAX} are allowed", seq)
     if metadata > len(body) - frames.CALL_HEAD.size:
         raise ProtocolError(EBADMSG, f"call: {metadata} bytes of metadata announced, fewer are there", seq)
+    if len(body) - frames.CALL_HEAD.size - metadata > PAYLOAD_MAX:
+        raise ProtocolError(EMSGSIZE, f"call: a payload of over {PAYLOAD_MAX} bytes", seq)
     return fid, body[8:]
 
 

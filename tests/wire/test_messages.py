@@ -103,6 +103,7 @@ CALLS_INVALID = [
     (frames.CALL_HEAD.pack(1, 5) + b"1234", EBADMSG),
     (frames.CALL_HEAD.pack(1, limits.METADATA_MAX + 1) + bytes(limits.METADATA_MAX + 1), EMSGSIZE),
     (frames.CALL_HEAD.pack(1, 2**32 - 1), EMSGSIZE),
+    (frames.CALL_HEAD.pack(1, 2) + b"{}" + bytes(limits.PAYLOAD_MAX + 1), EMSGSIZE),
 ]
 
 
