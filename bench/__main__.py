@@ -10,6 +10,7 @@ from bench import machine, plan, report, rounds, workers
 from bench.results import Results
 from bench.running import Broken
 from bench.stage import Stage
+from srpc_client import SrpcError
 from tests.realm import DaemonFault
 
 
@@ -28,7 +29,7 @@ def main(quick: bool, wanted_rounds: int | None, seconds: float | None, file: Pa
     file = file and file.resolve()
     try:
         results = run(extent)
-    except (Broken, DaemonFault) as fault:
+    except (Broken, DaemonFault, SrpcError) as fault:
         print(fault, file=sys.stderr)
         sys.exit(1)
     report.show(results, report.console())

@@ -36,17 +36,20 @@ class Goal:
     bound: float
 
 
-SYNCHRONOUS = (("handler", "synchronous"), ("path", "/bench/echo"))
-ASYNCIO = (("handler", "asyncio"), ("path", "/bench/aecho"))
+DIRECT = (("srpc_echo", "blocking_service"), (("handler", "plain"), ("path", "/bench/direct")))
+PLAIN = (("srpc_echo", "service"), (("handler", "plain"), ("path", "/bench/plain")))
+ASYNCIO = (("srpc_echo", "service"), (("handler", "asyncio"), ("path", "/bench/asyncio")))
+"""Servers and their options: `blocking.serve`; `serve` on an asyncio loop, with either kind of handler."""
 
-BLOCKING_SYNC = Contender("sRPC blocking", ("srpc_echo", "blocking"), ("srpc_echo", "service"), SYNCHRONOUS)
-ASYNCIO_SYNC = Contender("sRPC asyncio", ("srpc_echo", "asyncio"), ("srpc_echo", "service"), SYNCHRONOUS)
-BLOCKING_ASYNC = Contender("sRPC blocking, asyncio handler", ("srpc_echo", "blocking"), ("srpc_echo", "service"), ASYNCIO)
-ASYNCIO_ASYNC = Contender("sRPC asyncio, asyncio handler", ("srpc_echo", "asyncio"), ("srpc_echo", "service"), ASYNCIO)
+BLOCKING = Contender("sRPC blocking", ("srpc_echo", "blocking"), *DIRECT)
+AIO = Contender("sRPC asyncio", ("srpc_echo", "asyncio"), *DIRECT)
+BLOCKING_PLAIN = Contender("sRPC blocking, plain handler on a loop", ("srpc_echo", "blocking"), *PLAIN)
+BLOCKING_ASYNCIO = Contender("sRPC blocking, asyncio handler", ("srpc_echo", "blocking"), *ASYNCIO)
+AIO_ASYNCIO = Contender("sRPC asyncio, asyncio handler", ("srpc_echo", "asyncio"), *ASYNCIO)
 GRPC_SYNC = Contender("grpcio synchronous", ("grpc_echo", "caller"), ("grpc_echo", "server"))
 GRPC_AIO = Contender("grpc.aio", ("grpc_echo", "aio_caller"), ("grpc_echo", "aio_server"))
 
-CONTENDERS = (BLOCKING_SYNC, GRPC_SYNC, ASYNCIO_SYNC, GRPC_AIO, BLOCKING_ASYNC, ASYNCIO_ASYNC)
+CONTENDERS = (BLOCKING, GRPC_SYNC, AIO, GRPC_AIO, BLOCKING_PLAIN, BLOCKING_ASYNCIO, AIO_ASYNCIO)
 """In the order in which they are measured: each beside the peer that it is compared with."""
 
 ONE = Workload("one at a time", 64, 1)
@@ -55,9 +58,9 @@ MANY = Workload("64 in flight", 64, 64)
 WORKLOADS = (ONE, MANY)
 
 GOALS = (
-    Goal(ONE.name, BLOCKING_SYNC.name, GRPC_SYNC.name, 2.0),
-    Goal(ONE.name, ASYNCIO_SYNC.name, GRPC_AIO.name, 2.0),
-    Goal(MANY.name, ASYNCIO_SYNC.name, GRPC_AIO.name, 2.0),
+    Goal(ONE.name, BLOCKING.name, GRPC_SYNC.name, 2.0),
+    Goal(ONE.name, AIO.name, GRPC_AIO.name, 2.0),
+    Goal(MANY.name, AIO.name, GRPC_AIO.name, 2.0),
 )
 
 START_MS = 25.0

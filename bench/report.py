@@ -55,14 +55,16 @@ def _rates(results: Results) -> Table:
             row.append(f"{1e6 / spread.median:,.0f}")
             row.append(_against(results, contender.name, workload.name))
         table.add_row(*row)
-    table.caption = "ratio: to the peer beside which it is measured (blocking: grpcio synchronous; asyncio: grpc.aio)"
+    table.caption = (
+        "ratio: blocking callers to grpcio synchronous, asyncio callers to grpc.aio; handlers: blocking.serve but where said"
+    )
     table.caption_justify = "left"
     return table
 
 
 def _against(results: Results, contender: str, workload: str) -> str:
     peers = {goal.contender: goal.against for goal in GOALS}
-    peer = peers.get(contender.removesuffix(", asyncio handler"), "")
+    peer = peers.get(contender.partition(",")[0], "")
     ratio = results.ratio(workload, contender, peer) if peer else None
     return f"{ratio[0]:.2f}" if ratio else ""
 
@@ -76,6 +78,8 @@ def _workers(results: Results) -> Table:
     table.add_row("attach that starts a worker", f"{cold.median:.1f} ms ({cold.least:.1f} to {cold.most:.1f})")
     table.add_row("attach to a running worker", f"{warm.median:.1f} ms ({warm.least:.1f} to {warm.most:.1f})")
     table.add_row("start of a worker: the difference", f"{cost.start:.1f} ms")
+    empty = Spread.of(cost.interpreter)
+    table.add_row("an empty python3 -I -S, for comparison", f"{empty.median:.1f} ms ({empty.least:.1f} to {empty.most:.1f})")
     if cost.pss:
         pss = Spread.of(cost.pss)
         table.add_row(f"PSS of {len(cost.pss)} worker(s)", f"{pss.median:.2f} MB ({pss.least:.2f} to {pss.most:.2f})")

@@ -50,12 +50,14 @@ class WorkerCost:
     """What workers cost.
 
     more: processes that the second session of a user made. attach_cold, attach_warm: ms of an attach that starts a
-    worker, and of one that finds it running. pss: MB of each worker, empty where it could not be read, and `unread` why.
+    worker, and of one that finds it running. interpreter: ms of an
+    empty `python3 -I -S`, for comparison. pss: MB of each worker, empty where it could not be read, and `unread` why.
     """
 
     more: int
     attach_cold: tuple[float, ...]
     attach_warm: tuple[float, ...]
+    interpreter: tuple[float, ...]
     pss: tuple[float, ...]
     unread: str = ""
 
@@ -105,7 +107,8 @@ class Results:
             cost = self.workers
             found.append(Verdict("second session of a user: no new process", cost.more, "processes", cost.more == 0))
             sentence = f"a worker starts in under {START_MS:g} ms"
-            found.append(Verdict(sentence, cost.start, "ms", cost.start < START_MS))
+            detail = f"an empty interpreter: {statistics.median(cost.interpreter):.1f} ms"
+            found.append(Verdict(sentence, cost.start, "ms", cost.start < START_MS, detail))
             sentence = f"a worker costs under {PSS_MB:g} MB (PSS)"
             if cost.pss:
                 most = max(cost.pss)

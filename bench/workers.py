@@ -2,26 +2,32 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 from bench.results import WorkerCost
 from bench.running import Broken
 from bench.stage import CALLER, Stage
 from srpc_client import blocking, requests
+from tests import realm
 
 OTHERS = ("bob", "svc", "svc2")
 """Users of the realm who may log in, besides CALLER."""
+
+SETTLE = 0.05
+"""Seconds after a worker's end: what the daemon clears away then is not part of the next start."""
 
 
 def cost(stage: Stage, starts: int) -> WorkerCost:
     """Measure it, before other processes of the bench share pages with the workers. starts: how many. Raises Broken."""
     more = _second_session(stage)
     cold, warm = _attaches(stage, starts)
+    floor = tuple(_empty_interpreter() for _ in range(starts))
     try:
-        return WorkerCost(more, cold, warm, _memory(stage))
+        return WorkerCost(more, cold, warm, floor, _memory(stage))
     except PermissionError:
-        return WorkerCost(more, cold, warm, (), "only root may look at a worker's memory: it is undumpable")
+        return WorkerCost(more, cold, warm, floor, (), "only root may look at a worker's memory: it is undumpable")
 
 
 def _workers(stage: Stage) -> set[int]:
@@ -70,11 +76,19 @@ def _attaches(stage: Stage, starts: int) -> tuple[tuple[float, ...], tuple[float
             for pid in running:
                 os.kill(pid, signal.SIGKILL)
             stage.daemon.wait_event("process-end", 5, ends + len(running), role="worker")
+            sleep(SETTLE)
             cold.append(attach())
             warm.append(attach())
         if len(_workers(stage)) != 1:
             raise Broken("there is not one worker for one user")
     return tuple(cold), tuple(warm)
+
+
+def _empty_interpreter() -> float:
+    """ms that the system's interpreter takes to do nothing, started as a worker's is: no worker can start faster."""
+    begun = perf_counter()
+    subprocess.run([realm.PYTHON, "-I", "-S", "-c", "pass"], check=True)
+    return (perf_counter() - begun) * 1000
 
 
 def _memory(stage: Stage) -> tuple[float, ...]:

@@ -1,7 +1,8 @@
-"""sRPC's side: services with a synchronous and with an asyncio handler, and callers by either `dial`."""
+"""sRPC's side: services by either `serve`, with a plain or an asyncio handler, and callers by either `dial`."""
 
 import asyncio
 from collections.abc import Callable, Iterator
+from threading import Event, Thread
 from time import perf_counter
 from typing import Any
 
@@ -20,11 +21,11 @@ async def aecho(request: Request) -> bytes:
     return request.payload
 
 
-HANDLERS: dict[str, Callable[[Request], Any]] = {"synchronous": echo, "asyncio": aecho}
+HANDLERS: dict[str, Callable[[Request], Any]] = {"plain": echo, "asyncio": aecho}
 
 
 def service(setup: Setup) -> None:
-    """Serve `path` by the handler of that name. In a process of its own, as its own user."""
+    """Serve `path` on an asyncio loop by the handler of that name. In a process of its own, as its own user."""
 
     async def main() -> None:
         serving = asyncio.ensure_future(serve({setup["path"]: HANDLERS[setup["handler"]]}, address=setup["local"]))
@@ -34,6 +35,19 @@ def service(setup: Setup) -> None:
         await asyncio.wait([serving])
 
     asyncio.run(main())
+
+
+def blocking_service(setup: Setup) -> None:
+    """Serve `path` by `srpc_client.blocking.serve`, which takes plain handlers only."""
+    ended = Event()
+
+    def wait() -> None:
+        driver.until_told_to_end()
+        ended.set()
+
+    Thread(target=wait, daemon=True).start()
+    driver.say(ready={})
+    blocking.serve({setup["path"]: HANDLERS[setup["handler"]]}, address=setup["local"], until=ended.is_set)
 
 
 def blocking_caller(setup: Setup) -> None:
@@ -76,4 +90,11 @@ async def _dialled(setup: Setup) -> Connection:
 
 def main() -> None:
     """Be one of these, as `sys.argv[1]` says."""
-    driver.run({"service": service, "blocking": blocking_caller, "asyncio": asyncio_caller})
+    driver.run(
+        {
+            "service": service,
+            "blocking_service": blocking_service,
+            "blocking": blocking_caller,
+            "asyncio": asyncio_caller,
+        }
+    )

@@ -395,11 +395,15 @@ class Monitor:
             connection.workers.discard(worker)
         for number in [number for number, line in self.register.lines.items() if line.worker is worker]:
             self.register.end_line(number)
-        for endpoint in worker.endpoints:
-            endpoint.callers.pop(worker, None)
-            self.register.release(endpoint)
+        for endpoint in list(worker.endpoints):
+            self._forget_caller(worker, endpoint)
         if status != 0:
             launch.sweep_session(worker.pid)
+
+    def _forget_caller(self, worker: Worker, endpoint: Endpoint[Worker]) -> None:
+        worker.endpoints.discard(endpoint)
+        endpoint.callers.pop(worker, None)
+        self.register.release(endpoint)
 
     # --- endpoints and lines -------------------------------------------------------------------------------------------
 
@@ -530,12 +534,14 @@ class Monitor:
             inode = os.fstat(endpoint.chain[-1])
             for worker, path in list(endpoint.callers.items()):
                 errno, chain = await self._probe(worker.identity, path, os.O_WRONLY, (inode.st_dev, inode.st_ino))
-                if errno and endpoint.chain:
-                    worker.kill(f"may no longer call /{path} (errno {errno})")
-                elif endpoint.chain:
+                if not errno and endpoint.chain:
                     endpoint.renew(chain)
-                else:
-                    ipc.close_all(chain)
+                    continue
+                ipc.close_all(chain)
+                if any(joined is worker for _server, joined in endpoint.joined):
+                    worker.kill(f"may no longer call /{path} (errno {errno})")
+                else:  # it holds nothing that would have to be taken away, and has to ask again
+                    self._forget_caller(worker, endpoint)
 
     async def refresh(self) -> None:
         """Look afresh at who the users with workers are; a worker that is not what its user is now ends."""

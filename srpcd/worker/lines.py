@@ -324,4 +324,6 @@ class Services:
                 for call in late:
                     del endpoint.waiting[call]
                     call.fail(ENXIO)
+                if not endpoint.waiting:
+                    endpoint.state = Endpoint.UNKNOWN  # the monitor forgets callers whose endpoint has gone: ask again
         return due

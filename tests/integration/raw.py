@@ -409,7 +409,12 @@ def first(connections: Iterable[Raw]) -> list[Raw]:
     """Those of the connections on which a message has come; waits for one."""
     found: list[Raw] = []
     connections = list(connections)
-    if not realm.until(lambda: bool(found.extend(each for each in connections if each.ready()) or found), SECONDS, 0.002):
+
+    def come() -> list[Raw]:
+        found[:] = [each for each in connections if each.ready()]
+        return found
+
+    if not realm.until(come, SECONDS, 0.002):
         raise AssertionError("nothing has come on any of the connections")
     return found
 

@@ -55,7 +55,7 @@ def daemon(private_realm: realm.Place) -> Iterator[realm.Daemon]:
 
 @pytest.fixture(scope="module")
 def hurried(private_realm: realm.Place) -> Iterator[realm.Daemon]:
-    """One with short times and small numbers, where accounts are let in by name; its PAM service writes down what it sees."""
+    """One with short times and small numbers. Accounts are let in by name, and PAM writes down what it sees."""
     record = private_realm.temporary / "pam-record"
     (private_realm.root / "pam.d" / "srpcd-record").write_text(
         f"auth required pam_unix.so\naccount optional pam_exec.so log={record} /usr/bin/env\naccount required pam_unix.so\n"
@@ -156,7 +156,7 @@ def refusals(daemon: realm.Daemon) -> dict[str, Refusal]:
             each.post(AUTH, {"afid": 1, "uname": user, "aname": "/"})
             for each, (user, _) in zip(connections, WRONG.values(), strict=True)
         ]
-        answers = dict.fromkeys(WRONG, (0, 0.0))
+        answers = dict.fromkeys(WRONG, (0.0, 0))
         waiting = dict(zip(connections, zip(WRONG, asked, strict=True), strict=True))
         while waiting:
             # There are places for a few only: whoever is asked is to answer, or the others never have their turn.
@@ -167,10 +167,10 @@ def refusals(daemon: realm.Daemon) -> dict[str, Refusal]:
                 assert [prompt["style"] for prompt in begun.json["prompts"]] == ["secret"], name
                 user, password = WRONG[name]
                 data = realm.password(user) if password is None else password
-                answers[name] = time.monotonic(), each.post(APPEND, {"fid": 1, "data": data})  # type: ignore[assignment]
+                answers[name] = time.monotonic(), each.post(APPEND, {"fid": 1, "data": data})
         found = {}
         for each, (name, (since, seq)) in zip(connections, answers.items(), strict=True):
-            found[name] = each.answer(int(seq)), time.monotonic() - since
+            found[name] = each.answer(seq), time.monotonic() - since
         again = {name: each.ask(APPEND, fid=1, data="x") for each, name in zip(connections, WRONG, strict=True)}
         right = {name: each.authenticate(2, "alice") for each, name in zip(connections, WRONG, strict=True)}
     return {name: Refusal(*found[name], again[name], right[name]) for name in WRONG}
@@ -430,22 +430,29 @@ def test_a_success_in_between_forgives(connect: Callable[..., Raw]) -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="a clunk while the refusal waits for its deadline cancels the monitor's task, and with it the look at the number of failures",
+    reason="a clunk while the refusal waits for its deadline cancels the monitor's task before it counts",
 )
 def test_clunking_the_afid_does_not_hide_a_failure(connect: Callable[..., Raw], daemon: realm.Daemon) -> None:
     """Whoever does not wait for the refusal, because a right password is answered sooner, has failed all the same."""
     client = connect()
-    with pytest.raises((Ended, ConnectionError)):
-        for count in range(8):
+
+    def try_once(count: int) -> bool:
+        """Whether the server still listened."""
+        try:
             assert client.ask(AUTH, afid=count, uname=f"impatient{count}").kind == AUTH + 1
             client.post(APPEND, {"fid": count, "data": "x"})
             assert realm.until(lambda: idle_children(daemon))  # PAM has decided
             client.ask(CLUNK, fid=count)
+        except (Ended, ConnectionError):
+            return False
+        return True
+
+    assert not all(try_once(count) for count in range(8))
 
 
 @pytest.mark.xfail(
     strict=True,
-    reason="a clunk while the refusal waits for its deadline cancels the monitor's task, and with it the log's line (so does a hang-up)",
+    reason="a clunk while the refusal waits for its deadline or a hang-up, cancels the task before it logs",
 )
 def test_each_failure_is_logged_though_nobody_waits_for_the_refusal(
     connect: Callable[..., Raw], daemon: realm.Daemon

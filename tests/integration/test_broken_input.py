@@ -13,7 +13,22 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from errno import EACCES, EAGAIN, EBADF, EBADMSG, EEXIST, EINVAL, EISDIR, EMSGSIZE, ENAMETOOLONG, ENOENT, ENOTDIR, ENXIO, EPROTO
+from errno import (
+    EACCES,
+    EAGAIN,
+    EBADF,
+    EBADMSG,
+    EEXIST,
+    EINVAL,
+    EISDIR,
+    EMSGSIZE,
+    ENAMETOOLONG,
+    ENOENT,
+    ENOTDIR,
+    ENXIO,
+    EPROTO,
+)
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +171,7 @@ class Bystander(threading.Thread):
 
     def run(self) -> None:
         try:
-            while not self._over.wait(0.01):
+            while not self._over.wait(0.02):
                 payload = b"%d" % self.calls
                 reply = self._connection.call(2, payload)
                 if reply.kind != CALL + 1 or reply.payload != payload:
@@ -164,6 +179,10 @@ class Bystander(threading.Thread):
                 self.calls += 1
         except Exception as fault:
             self.fault = repr(fault)
+
+    def gone_on(self, calls: int) -> bool:
+        """Whether it has made more than these, or has failed."""
+        return self.calls > calls or bool(self.fault)
 
     def end(self) -> None:
         """Stop it."""
@@ -193,8 +212,7 @@ def others_go_on(bystanders: list[Bystander]) -> Iterator[None]:
     """During each test, and after it, other connections' calls are answered."""
     yield
     for each in bystanders:
-        calls = each.calls
-        assert realm.until(lambda each=each, calls=calls: each.fault or each.calls >= calls + 2), "other calls do not go on"
+        assert realm.until(partial(each.gone_on, each.calls)), "other calls do not go on"
         assert each.fault == ""
 
 
@@ -443,8 +461,9 @@ def test_a_number_in_use_is_refused_and_stands_for_what_it_did(alice: Raw) -> No
         assert alice.ask(AUTH, afid=taken, uname="alice").errno == EEXIST
     assert alice.call(2, b"still").payload == b"still"
     # Also while the first is not yet answered.
-    one, other = alice.post(WALK, {"fid": 1, "newfid": 3, "path": "tools"}), alice.post(
-        WALK, {"fid": 1, "newfid": 3, "path": "svc"}
+    one, other = (
+        alice.post(WALK, {"fid": 1, "newfid": 3, "path": "tools"}),
+        alice.post(WALK, {"fid": 1, "newfid": 3, "path": "svc"}),
     )
     assert (alice.answer(one).kind, alice.answer(other).errno) == (WALK + 1, EEXIST)
     # A walk that fails leaves no number taken.
@@ -712,7 +731,9 @@ def test_descriptors_sent_over_the_local_socket_do_no_harm(daemon: realm.Daemon)
 
 
 @pytest.mark.parametrize("transport", ["tls", "local"])
-def test_a_slow_reader_costs_a_bounded_amount_of_memory_and_nobody_else_s_time(hurried: realm.Daemon, transport: str) -> None:
+def test_a_slow_reader_costs_a_bounded_amount_of_memory_and_nobody_else_s_time(
+    hurried: realm.Daemon, transport: str
+) -> None:
     over_tls = transport == "tls"
     made = Raw.tls(hurried.tcp, next(_addresses), receive_buffer=65536) if over_tls else Raw.local(hurried.local, "alice")
     with made as slow, Raw.tls(hurried.tcp, next(_addresses)) as other:
@@ -730,8 +751,7 @@ def test_a_slow_reader_costs_a_bounded_amount_of_memory_and_nobody_else_s_time(h
         while not (ended := [each for each in hurried.events("connection", state="over") if each["peer"] == name(slow)]):
             assert other.call(2, b"x").payload == b"x"
             calls += 1
-            for pid in most:
-                most[pid] = max(most[pid], memory(pid))
+            most = {pid: max(bytes_, memory(pid)) for pid, bytes_ in most.items()}
             assert time.monotonic() - began < 20, "the slow reader is never disconnected"
             time.sleep(0.005)
         assert ended
@@ -739,9 +759,8 @@ def test_a_slow_reader_costs_a_bounded_amount_of_memory_and_nobody_else_s_time(h
         assert calls > 20
         for pid, bytes_ in most.items():
             assert bytes_ - before[pid] < 48 * MIB, f"{bytes_ - before[pid]} bytes more"
-        with pytest.raises((Ended, ConnectionError, ssl.SSLError)):
-            for _ in range(501):
-                slow.next()
+        with contextlib.suppress(ssl.SSLError):
+            assert len(slow.rest()) < 500
         # The user himself is served again.
         with Raw.tls(hurried.tcp, next(_addresses)) as again:
             again.login("alice")
@@ -781,9 +800,11 @@ def test_a_sender_of_much_is_read_no_faster_than_it_can_be_served(daemon: realm.
         sent, most = 0, dict(before)
         deadline = time.monotonic() + 0.8
         while sent < len(data) and time.monotonic() < deadline:
-            sent += client.send_some(data[sent : sent + MIB]) or time.sleep(0.002) or 0
-            for pid in most:
-                most[pid] = max(most[pid], memory(pid))
+            some = client.send_some(data[sent : sent + MIB])
+            sent += some
+            if not some:
+                time.sleep(0.002)
+            most = {pid: max(bytes_, memory(pid)) for pid, bytes_ in most.items()}
         for pid, bytes_ in most.items():
             assert bytes_ - before[pid] < 160 * MIB
         client.hang_up()
