@@ -68,24 +68,30 @@ def library_paths() -> list[str]:
 
 
 async def _serve(config: Config, log: Log, table: Table, personal: bool) -> None:
+    os.umask(0o022)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would reap our children
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _loop, context: log.event("error", "warning", text=f"{context.get('message')}: {context.get('exception')!r}")
+    )
     own = Identity(os.getuid(), os.getgid(), tuple(sorted(os.getgroups())))
-    gate = own if personal else _gate_identity(config)
+    users = {"tls": config.gate_user, "local": config.local_gate_user}
+    gates = {kind: own if personal else _gate_identity(user) for kind, user in users.items()}
     _prepare(config, own, personal)
     log.event(
         "info", "start", version=VERSION, mode="personal" if personal else "system", pid=os.getpid(), tree=config.paths.tree
     )
     if not personal:
-        _check_reachable(table, gate)
+        _check_reachable(table, gates["tls"])
     fronts, addresses, pin = [], [], ""
     if config.listen.tcp:
         pin = _in_child(_make_keys, config.paths.key, config.paths.certificate)
         files = tuple(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (config.paths.key, config.paths.certificate))
         listeners = [_listen(address) for address in config.listen.tcp]
         addresses = [_name(listener) for listener in listeners]
-        fronts.append(Front("tls", listeners, files))
+        fronts.append(Front("tls", gates["tls"], listeners, files))
     local = os.path.join(config.paths.runtime, "srpc.sock")
     if config.listen.local:
-        fronts.append(Front("local", [connections.listen_local(local, personal)], ()))
+        fronts.append(Front("local", gates["local"], [connections.listen_local(local, personal)], ()))
     for kind, address in [("tls", each) for each in addresses] + [("local", local)] * config.listen.local:
         log.event("info", "listen", gate=kind, address=address)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -95,7 +101,7 @@ async def _serve(config: Config, log: Log, table: Table, personal: bool) -> None
     if not personal:
         launch.keep_capabilities()
         confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)  # not in personal mode: PAM would need its set-gid helper
-    monitor = Monitor(config, log, table, own, gate.uid, personal)
+    monitor = Monitor(config, log, table, own, frozenset(each.uid for each in gates.values()), personal)
 
     def ready() -> None:
         log.event(
@@ -103,7 +109,7 @@ async def _serve(config: Config, log: Log, table: Table, personal: bool) -> None
         )
 
     try:
-        await Service(monitor, fronts, gate, ready).run()
+        await Service(monitor, fronts, ready).run()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):  # a second one would end us before the last line
             asyncio.get_running_loop().remove_signal_handler(number)
@@ -112,16 +118,16 @@ async def _serve(config: Config, log: Log, table: Table, personal: bool) -> None
             os.unlink(local)
 
 
-def _gate_identity(config: Config) -> Identity:
+def _gate_identity(user: str) -> Identity:
     try:
-        entry = pwd.getpwnam(config.gate_user)
+        entry = pwd.getpwnam(user)
     except KeyError:
         raise StartFault(
-            f"the account {config.gate_user!r}, as which the network processes run, does not exist; make it with "
-            f"'useradd --system --no-create-home --shell /usr/sbin/nologin {config.gate_user}'"
+            f"the account {user!r}, as which network processes run, does not exist; make it with "
+            f"'useradd --system --no-create-home --shell /usr/sbin/nologin {user}'"
         ) from None
     if entry.pw_uid == 0:
-        raise StartFault(f"gate_user: {config.gate_user!r} is root; network processes need an account of their own")
+        raise StartFault(f"gate_user, local_gate_user: {user!r} is root; network processes need accounts of their own")
     return Identity(entry.pw_uid, entry.pw_gid, ())
 
 

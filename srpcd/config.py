@@ -93,7 +93,11 @@ class Log(Section, frozen=True):
 
 
 class Config(Section, frozen=True):
-    """All of it. gate_user: the account that gates run as (ignored in personal mode)."""
+    """All of it.
+
+    gate_user, local_gate_user: the accounts that the gates of the network and of the local socket run as; two, so that
+    neither can touch the other (ignored in personal mode). program_path: PATH of programs.
+    """
 
     paths: Paths = Paths()
     listen: Listen = Listen()
@@ -101,6 +105,7 @@ class Config(Section, frozen=True):
     limits: Limits = Limits()
     log: Log = Log()
     gate_user: str = "_srpcd"
+    local_gate_user: str = "_srpcl"
     program_path: str = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -190,6 +195,8 @@ def _check(config: Config, source: Path) -> None:
     service = config.authentication.pam_service
     if not service or "/" in service or "\0" in service:
         raise ConfigError(f"{source}: authentication.pam_service: {service!r} is not the name of a file in /etc/pam.d")
+    if config.gate_user == config.local_gate_user:
+        raise ConfigError(f"{source}: local_gate_user: the two kinds of gates need accounts of their own")
     if "root" in config.authentication.allow:
         raise ConfigError(f"{source}: authentication.allow: root can't be allowed: no call is ever made as root")
 

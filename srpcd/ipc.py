@@ -378,7 +378,13 @@ class WorkerSetup(Message):
 
 
 class Gate(Message):
-    """Another gate routes to this worker: two descriptors, (read from gate, write to gate)."""
+    """A gate routes to this worker: two descriptors, (read from gate, write to gate), in the place of those it had."""
+
+    gate: int
+
+
+class GateOver(Message):
+    """No session of this gate is left at this worker: close its pipes."""
 
     gate: int
 
@@ -448,14 +454,13 @@ class IsLive(Message):
 class AuthSetup(Message):
     """First message, with two descriptors, (read answers, write prompts), for the gate.
 
-    service: PAM service. rhost: the peer's address. mechanism "peer": uid is who the kernel says it is, and the account's
-    name must be uname.
+    mechanism: "pam"; or "peer", where the monitor knows who it is, and only the account is checked. service: PAM service.
+    rhost: the peer's address, empty on the local socket.
     """
 
     mechanism: str
     service: str
     uname: str
-    uid: int
     rhost: str
 
 

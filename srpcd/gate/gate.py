@@ -92,7 +92,9 @@ class Gate:
     def _link(self, worker: int, fds: list[int]) -> Link | None:
         """The link to a worker, made if its pipes came with the message."""
         link = self.links.get(worker)
-        if len(fds) == 2 and link is None:
+        if len(fds) == 2:
+            if link is not None:
+                link.die()  # the monitor has ended it, or takes it for dead
             link = self.links[worker] = Link(self, worker, *fds)
         else:
             ipc.close_all(fds)

@@ -1,24 +1,23 @@
 """Who a user is: name, uid, groups, shell, looked up afresh in a child (a directory service must not block the monitor)."""
 
-import asyncio
 import os
 import pwd
-import signal
 import socket
 from typing import NamedTuple
 
 from srpcd import ipc
-from srpcd.monitor import launch, probe
+from srpcd.monitor.forked import ask
+from srpcd.monitor.launch import Drop, Identity
 
 SECONDS = 10.0
 """How long a directory service may take."""
 
 
 class Account(NamedTuple):
-    """identity: uid, gid and supplementary groups. shell: whether it is one of /etc/shells (`login`)."""
+    """identity: uid, gid and supplementary groups. login: whether the shell is one of /etc/shells."""
 
     name: str
-    identity: launch.Identity
+    identity: Identity
     login: bool
 
 
@@ -30,26 +29,26 @@ class _Found(ipc.Message):
     login: bool
 
 
-async def look_up(who: str | int) -> Account | None:
-    """The account of a name or uid; None where there is none, or where the look-up failed or took too long."""
-    pid, pidfd, sock = launch.run_forked(lambda end: _answer(end, who), launch.Drop(None, {}))
+async def look_up(name: str) -> Account | None:
+    """The account of a name; None where there is none. Raises OSError where that could not be found out in time."""
     try:
-        sock.setblocking(False)
-        data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 512 * 1024), SECONDS)
-        found = ipc.Message.unpack(data)
-    except (TimeoutError, ipc.MessageError, OSError):
+        data, _fds = await ask(lambda end: _answer(end, name), Drop(None, {}), SECONDS)
+    except TimeoutError:
+        raise OSError("the account database does not answer") from None
+    if not data:
+        raise OSError("the look-up of an account died")
+    found = ipc.Message.unpack(data)
+    if not isinstance(found, _Found) or not found.name:
         return None
-    finally:
-        sock.close()
-        await probe.reap(pid, pidfd)
-    if not isinstance(found, _Found):
-        return None
-    return Account(found.name, launch.Identity(found.uid, found.gid, found.groups), found.login)
+    return Account(found.name, Identity(found.uid, found.gid, found.groups), found.login)
 
 
-def _answer(end: socket.socket, who: str | int) -> None:
-    signal.alarm(int(SECONDS) + 1)
-    entry = pwd.getpwnam(who) if isinstance(who, str) else pwd.getpwuid(who)  # KeyError ends the child: not found
+def _answer(end: socket.socket, name: str) -> None:
+    try:
+        entry = pwd.getpwnam(name)
+    except (KeyError, ValueError):  # ValueError: a NUL in it
+        end.send(_Found("", 0, 0, (), False).pack())
+        return
     groups = sorted(set(os.getgrouplist(entry.pw_name, entry.pw_gid)))
     end.send(_Found(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(groups), _may_log_in(entry.pw_shell)).pack())
 

@@ -9,15 +9,13 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from errno import EACCES
-from weakref import WeakValueDictionary
+from contextlib import asynccontextmanager
 
 from srpcd import ipc
 from srpcd.config import Authentication as Settings
 from srpcd.monitor.accounts import Account
 from srpcd.monitor.children import Child
-from srpcd.wire.limits import PAM_CHILDREN_MAX
+from srpcd.monitor.forked import Turns
 
 FREE_FAILURES, LONGEST_WAIT, REMEMBERED = 3, 30.0, 4096
 """Failures of a (user, origin) without a wait before the next try; seconds of the longest wait; pairs kept."""
@@ -47,44 +45,40 @@ class PamChild(Child):
     result: ipc.Outcome | None = None
 
 
+class Attempt:
+    """One try. begun: it has come to PAM. accepted: it ended well. What was begun and not accepted has failed."""
+
+    begun = accepted = False
+
+
 class Failures:
-    """Counts failures of (user, origin) and makes the next try wait: twice as long each time, up to a bound."""
+    """Counts failures of (user, origin) and makes the next try wait: twice as long each time, up to a bound.
+
+    At most FREE_FAILURES tries of one pair run at once, so that those in parallel do not come before the first has failed.
+    """
 
     def __init__(self) -> None:
         self._pairs: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()
-
-    def wait(self, uname: str, origin: str) -> float:
-        """Seconds that the next try has to wait."""
-        failures, last = self._pairs.get((uname, origin), (0, 0.0))
-        excess = failures - FREE_FAILURES
-        pause = min(2.0 ** min(excess, 10), LONGEST_WAIT) if excess >= 0 else 0.0
-        return max(0.0, last + pause - time.monotonic())
-
-    def record(self, uname: str, origin: str, accepted: bool) -> None:
-        """Remember how a try ended."""
-        failures, _last = self._pairs.pop((uname, origin), (0, 0.0))
-        if not accepted:
-            self._pairs[uname, origin] = (failures + 1, time.monotonic())
-            if len(self._pairs) > REMEMBERED:
-                self._pairs.popitem(last=False)
-
-
-class Slots:
-    """Places for PAM children, in all and by origin: whoever finds none waits in line, for a bounded time."""
-
-    def __init__(self) -> None:
-        self._all = asyncio.Semaphore(PAM_CHILDREN_MAX)
-        self._origins: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._turns = Turns(1_000_000, FREE_FAILURES)
 
     @asynccontextmanager
-    async def place(self, origin: str, seconds: float) -> AsyncIterator[None]:
-        """Hold a place. Raises TimeoutError if there was none in time."""
-        own = self._origins.setdefault(origin, asyncio.Semaphore(PAM_CHILDREN_MAX // 2))
-        async with AsyncExitStack() as held:
-            async with asyncio.timeout(seconds):
-                await held.enter_async_context(own)
-                await held.enter_async_context(self._all)
-            yield
+    async def attempt(self, pair: tuple[str, str]) -> AsyncIterator[Attempt]:
+        """Wait as long as it takes, then try. However the try ends, an abandoned one too, it is counted."""
+        attempt = Attempt()
+        async with self._turns.turn(pair):
+            failures, last = self._pairs.get(pair, (0, 0.0))
+            pause = min(2.0 ** min(failures - FREE_FAILURES, 10), LONGEST_WAIT) if failures >= FREE_FAILURES else 0.0
+            await asyncio.sleep(last + pause - time.monotonic())
+            try:
+                yield attempt
+            finally:
+                if attempt.accepted:
+                    self._pairs.pop(pair, None)
+                elif attempt.begun:
+                    failures, _last = self._pairs.pop(pair, (0, 0.0))
+                    self._pairs[pair] = (failures + 1, time.monotonic())
+                    if len(self._pairs) > REMEMBERED:
+                        self._pairs.popitem(last=False)
 
 
 def policy(account: Account | None, settings: Settings, own: frozenset[int], network: bool) -> str:
@@ -106,9 +100,10 @@ def policy(account: Account | None, settings: Settings, own: frozenset[int], net
 
 
 def deadline(answered: float, step: float) -> float:
-    """When a refusal is told: the next multiple of `step` seconds after the answer. Monotonic seconds."""
+    """When a refusal is told: the next multiple of `step` seconds after the answer (0: now). Monotonic seconds."""
+    answered = answered or time.monotonic()
     return answered + step * (int(max(0.0, time.monotonic() - answered) / step) + 1)
 
 
-REFUSED = (EACCES, "user name or password is wrong, or the account may not be used")
+REFUSED = "user name or password is wrong, or the account may not be used"
 """What a client is told, whatever the reason."""

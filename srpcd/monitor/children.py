@@ -4,12 +4,14 @@ import asyncio
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from srpcd import ipc
 from srpcd.log import Log
+from srpcd.monitor.forked import collect
 from srpcd.monitor.launch import Identity, Spawned
 from srpcd.monitor.requests import State, Violation
 
@@ -19,42 +21,79 @@ if TYPE_CHECKING:
 
 _PACKETS = 64
 """Messages of one child that are handled before others get their turn."""
+_UNREAD_MAX = 4096
+"""Messages that wait for a child that does not read; one more ends it."""
 _LINES_PER_SECOND = 20
-"""What one child may write into the log, by its standard error and by what it asks to be logged."""
+"""What may be written into the log on behalf of one child or connection."""
+
+
+class Quota:
+    """So many lines of log a second."""
+
+    def __init__(self) -> None:
+        self._second = self._lines = 0
+
+    def take(self) -> bool:
+        """Whether another line still fits into this second."""
+        now = int(time.monotonic())
+        if now != self._second:
+            self._second, self._lines = now, 0
+        self._lines += 1
+        return self._lines <= _LINES_PER_SECOND
 
 
 class Child:
-    """Base of Gate, Worker and Authentication. role: as in the launch table. name: who or what it serves, for the log."""
+    """Base of Gate, Worker and PamChild.
+
+    role: as in the launch table. name: who or what it serves, for the log. local: whether it is the local socket's gate.
+    gone: its end, with the exit status, None where a tracer holds that back.
+    """
 
     role = ""
     level = "info"
+    local = False
 
     def __init__(self, spawned: Spawned, name: str, log: Log, handle: Callable[["Child", ipc.Message], None]) -> None:
+        loop = asyncio.get_running_loop()
         self.pid = spawned.pid
         self.name = name
         self.state = State.NEW
-        self.local = False
-        self.proved: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.proved: asyncio.Future[bool] = loop.create_future()
+        self.gone: asyncio.Future[int | None] = loop.create_future()
         self.started = time.monotonic()
+        self.quota = Quota()
         self._spawned = spawned
         self._log = log
         self._handle = handle
-        self._second, self._lines = 0, 0
-        loop = asyncio.get_running_loop()
+        self._unread: deque[tuple[ipc.Message, tuple[int, ...]]] = deque()
         loop.add_reader(spawned.requests, self._requests_ready)
         loop.add_reader(spawned.errors, self._errors_ready)
         loop.add_reader(spawned.pidfd, self._ended)
         log.event(self.level, "process-start", role=self.role, name=name, pid=self.pid)
 
     def send(self, message: ipc.Message, fds: tuple[int, ...] = ()) -> None:
-        """Send without blocking; a child that does not read is killed."""
-        try:
-            ipc.send_descriptors(self._spawned.socket, message, fds)
-        except BlockingIOError:
+        """Send without blocking, and close the descriptors here. A child that does not read for long is killed."""
+        self._unread.append((message, fds))
+        if len(self._unread) == 1:
+            self._send_unread()
+        elif len(self._unread) > _UNREAD_MAX:
             self.kill("does not read what it is sent")
-        except OSError:
-            self.kill("its socket is closed")
+
+    def _send_unread(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._unread:
+            message, fds = self._unread[0]
+            try:
+                ipc.send_descriptors(self._spawned.socket, message, fds)
+            except BlockingIOError:
+                loop.add_writer(self._spawned.socket, self._send_unread)
+                return
+            except OSError:  # it is about to end, or told to
+                self.kill("")
+            self._unread.popleft()
+            ipc.close_all(fds)
+        if not self.gone.done():
+            loop.remove_writer(self._spawned.socket)
 
     def serving(self) -> None:
         """It has proved that it is confined."""
@@ -71,19 +110,11 @@ class Child:
     def kill(self, reason: str) -> None:
         """End it now. reason: for the log; none is needed for a child that ends anyway."""
         if not self.gone.done():
-            if reason:
+            if reason and self.state is not State.DONE:
                 self._log.event("warning", "process-kill", role=self.role, name=self.name, pid=self.pid, reason=reason)
             self.state = State.DONE
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._spawned.pidfd, signal.SIGKILL)
-
-    def may_log(self) -> bool:
-        """Whether another line on its behalf still fits into this second."""
-        now = int(time.monotonic())
-        if now != self._second:
-            self._second, self._lines = now, 0
-        self._lines += 1
-        return self._lines <= _LINES_PER_SECOND
 
     def _requests_ready(self) -> None:
         for _ in range(_PACKETS):
@@ -111,57 +142,64 @@ class Child:
         if not data:
             asyncio.get_running_loop().remove_reader(self._spawned.errors)
         for line in data.decode(errors="replace").splitlines():
-            if line.strip() and self.may_log():
+            if line.strip() and self.quota.take():
                 self._log.event("warning", "child-output", role=self.role, name=self.name, pid=self.pid, text=line)
 
     def _ended(self) -> None:
         loop = asyncio.get_running_loop()
         self._requests_ready()  # what it said before it ended counts
         self._errors_ready()
-        loop.remove_reader(self._spawned.pidfd)
-        loop.remove_reader(self._spawned.requests)
-        loop.remove_reader(self._spawned.errors)
-        _pid, status = os.waitpid(self.pid, 0)
+        for fd in (self._spawned.pidfd, self._spawned.requests, self._spawned.errors):
+            loop.remove_reader(fd)
+            os.close(fd)
+        loop.remove_writer(self._spawned.socket)
         self._spawned.socket.close()
-        ipc.close_all((self._spawned.requests, self._spawned.errors, self._spawned.pidfd))
+        for _message, fds in self._unread:
+            ipc.close_all(fds)
+        self._unread.clear()
         self.state = State.DONE
-        code = os.waitstatus_to_exitcode(status)
-        self._log.event(self.level, "process-end", role=self.role, name=self.name, pid=self.pid, status=code)
+        info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        status = None if info is None else info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+        self._log.event(self.level, "process-end", role=self.role, name=self.name, pid=self.pid, status=status)
         if not self.proved.done():
             self.proved.set_result(False)
-        if not self.gone.done():
-            self.gone.set_result(code)
+        self.gone.set_result(status)
+        collect(self.pid)
 
 
 class Gate(Child):
-    """A network process. connections: by number; last: the highest handed out; untaken: those it has not seen yet."""
+    """A network process.
+
+    connections: by number. last: the highest number handed out. untaken: those it has not seen yet, and since when
+    (monotonic seconds). room: called when it has taken one. drained: set when it has nothing outstanding, or has ended.
+    """
 
     role = "gate"
+    number = 0
+    room: Callable[[], None]
 
-    def serve(self, number: int, kind: str, room: Callable[[], None]) -> None:
-        """number: of the gate. kind: "tls" or "local". room: called when it has taken a connection."""
-        self.number = number
-        self.local = kind == "local"
-        self.room = room
+    def begin(self, number: int, local: bool) -> None:
+        """Say which gate it is."""
+        self.number, self.local = number, local
         self.connections: dict[int, Connection] = {}
         self.last = 0
-        self.untaken: set[int] = set()
+        self.untaken: dict[int, float] = {}
         self.drained = asyncio.Event()
         self.gone.add_done_callback(lambda _: self.drained.set())
 
 
 class Worker(Child):
-    """The process of one security context. lines: how many it has. probing: endpoints that are being probed for it."""
+    """The process of one security context. lines: how many it has. waiting: endpoints that it wants lines to."""
 
     role = "worker"
 
-    def serve(self, number: int, identity: Identity, user: str) -> None:
+    def begin(self, number: int, identity: Identity, user: str) -> None:
         """Say whose it is."""
         self.number, self.identity, self.user = number, identity, user
         self.gates: set[Gate] = set()
         self.connections: set[Connection] = set()
         self.endpoints: set[Endpoint[Worker]] = set()
-        self.lines = self.probing = 0
+        self.lines = self.waiting = 0
         self.idle: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 

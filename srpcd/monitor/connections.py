@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from srpcd.config import Limits
+from srpcd.monitor.children import Quota
 from srpcd.monitor.launch import Identity
 
 if TYPE_CHECKING:
@@ -40,23 +41,34 @@ class Peer(NamedTuple):
 
 
 class Connection:
-    """One connection. number: of its gate. duplicate: the monitor's own descriptor of the socket."""
+    """One connection. number: of its gate. duplicate: the monitor's own descriptor of the socket.
 
-    def __init__(self, gate: "Gate", number: int, peer: Peer, duplicate: socket.socket, place: "Place") -> None:
+    known: somebody has authenticated on it, or serves. pending: what is being decided for it.
+    """
+
+    def __init__(self, gate: "Gate", number: int, peer: Peer, duplicate: socket.socket, counts: "Counts") -> None:
         self.gate = gate
         self.number = number
         self.peer, self.host, self.origin, self.identity = peer
         self.duplicate = duplicate
-        self.place = place
-        self.authenticating = False
+        self.counts = counts
+        self.known = False
+        self.over = False
+        self.authenticating: Afid | None = None
         self.failures = 0
         self.pending = 0
-        self.over = False
+        self.quota = Quota()
         self.afids: dict[int, Afid] = {}
         self.sessions: dict[int, Session] = {}
-        self.workers: set[Worker] = set()
         self.announcements: dict[int, tuple[Endpoint[Worker], Announcement]] = {}
         self.tasks: set[asyncio.Task[None]] = set()
+        counts.change(self, +1)
+
+    def becomes_known(self) -> None:
+        """It is no stranger's any more."""
+        self.counts.change(self, -1)
+        self.known = True
+        self.counts.change(self, +1)
 
 
 class HangUps:
@@ -96,7 +108,7 @@ class HangUps:
 
 
 class Counts:
-    """How many connections there are, in all and by origin; and how many of strangers."""
+    """How many connections a front has, in all and by origin; and how many of strangers."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -116,43 +128,18 @@ class Counts:
                 return name
         return ""
 
-
-class Place:
-    """What one connection takes of the limits, from its accept to its end: first a stranger's place."""
-
-    def __init__(self, counts: Counts, origin: str) -> None:
-        self._counts = counts
-        self._origin = origin
-        self._stranger = True
-        counts.connections[origin] += 1
-        counts.strangers[origin] += 1
-
-    def known(self) -> None:
-        """Somebody has authenticated."""
-        if self._stranger:
-            self._stranger = False
-            self._take_off(self._counts.strangers)
-
-    def leave(self) -> None:
-        """The connection is over. To be called once."""
-        self.known()
-        self._take_off(self._counts.connections)
-
-    def _take_off(self, counter: "Counter[str]") -> None:
-        counter[self._origin] -= 1
-        if not counter[self._origin]:
-            del counter[self._origin]
+    def change(self, connection: Connection, by: int) -> None:
+        """Count a connection, or count it no longer."""
+        for counter in (self.connections,) if connection.known else (self.connections, self.strangers):
+            counter[connection.origin] += by
+            if not counter[connection.origin]:
+                del counter[connection.origin]
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind((host, port))
-    sock.listen(1024)
+    """A listening socket; of IPv6, for that alone. Raises OSError."""
+    sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    sock.setblocking(False)
     return sock
 
 
@@ -177,6 +164,10 @@ def accept(listener: socket.socket, room: int) -> list[tuple[socket.socket, Peer
             sock, address = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             break
+        except OSError:  # out of descriptors: what was accepted before counts
+            if accepted:
+                break
+            raise
         try:
             accepted.append((sock, _local_peer(sock) if sock.family == socket.AF_UNIX else _network_peer(sock, address)))
         except OSError:  # gone again already, or more groups than can be asked for

@@ -1,6 +1,6 @@
-"""Start other processes: fork, drop everything, exec a fresh interpreter; and forks that stay, for a moment.
+"""Start other processes: fork, drop everything, exec a fresh interpreter.
 
-The order of the steps in `_become` is the substance of this file. A step that fails ends the child, before the exec:
+The order of the steps in `become` is the substance of this file. A step that fails ends the child, before the exec:
 nothing is logged and passed. The other half, the proof, is `srpcd.confine` in the new program.
 """
 
@@ -14,6 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from errno import ENOSYS
 from typing import NamedTuple, NoReturn
 
@@ -87,7 +88,10 @@ def _check(result: int, what: str) -> None:
 
 def _empty_bounding_set(kept: tuple[int, ...] = ()) -> None:
     for capability in range(64):
-        if capability not in kept and _libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0) == 1:
+        held = _libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0)
+        if held < 0:  # EINVAL: beyond the kernel's last capability
+            break
+        if held and capability not in kept:
             confine.prctl(PR_CAPBSET_DROP, capability)
 
 
@@ -101,7 +105,7 @@ def keep_capabilities(kept: tuple[int, ...] = KEPT) -> None:
     _check(_libc.capset(header, data), "capset")
 
 
-def _become(drop: Drop, parent: int) -> None:
+def become(drop: Drop, parent: int) -> None:
     """Become what `drop` says, in the child of process `parent`. The order is that of the design, and has its reasons."""
     os.setsid()  # no terminal; and the monitor finds what a dead worker left behind by its session
     number = _SYS_KEYCTL.get(platform.machine())
@@ -110,7 +114,9 @@ def _become(drop: Drop, parent: int) -> None:
         if joined < 0 and ctypes.get_errno() != ENOSYS:  # a kernel without keyrings has no keys to inherit either
             _check(joined, "keyctl")
     for limit, value in drop.limits.items():
-        resource.setrlimit(limit, (value, value))
+        hard = resource.getrlimit(limit)[1]
+        lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (lower, lower))
     os.chdir("/")
     os.umask(0o077)
     if drop.identity is not None:
@@ -129,15 +135,20 @@ def _become(drop: Drop, parent: int) -> None:
         confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _fork(work: Callable[[], None]) -> tuple[int, int]:
-    """Fork. The child runs `work` and never comes back. Returns (pid, pidfd)."""
+def fork(work: Callable[[], None]) -> tuple[int, int]:
+    """Fork. The child runs `work` and never comes back. Returns (pid, pidfd). Raises OSError."""
     # A signal between fork and reset would be written into the parent's wake-up socket, which the child shares.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
             _child(work)
-        return pid, os.pidfd_open(pid)
+        try:
+            return pid, os.pidfd_open(pid)
+        except OSError:  # out of descriptors; a child without a handle is of no use
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -156,7 +167,7 @@ def _child(work: Callable[[], None]) -> NoReturn:
         os._exit(127)
 
 
-def _keep_only(fds: list[int], inheritable: bool) -> None:
+def keep_only(fds: list[int], inheritable: bool) -> None:
     """Give `fds` the numbers 0, 1, 2 … and close everything else."""
     above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds)) for fd in fds]  # out of the way of the numbers wanted
     for number, fd in enumerate(above):
@@ -176,81 +187,44 @@ class Spawned(NamedTuple):
 
 def spawn(argv: tuple[str, ...], drop: Drop) -> Spawned:
     """Start a program, confined. It finds `socket` at 3, its end of `requests` at 4 (see `srpcd.ipc`). Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.shutdown(socket.SHUT_RD)  # whatever is sent to us fails at the sender: no descriptor reaches this process
-    requests, request_end = ipc.packet_pipe()
-    errors, error_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     parent = os.getpid()
+    with ExitStack() as theirs, ExitStack() as ours:
 
-    def work() -> None:
-        os.dup2(error_end, 2)  # from here on a failure is told there, and not on the daemon's own standard error
-        _keep_only([null, null, error_end, theirs.fileno(), request_end], inheritable=True)
-        os.set_blocking(2, True)
-        _become(drop, parent)
-        os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"})
+        def pipe(pair: tuple[int, int]) -> tuple[int, int]:
+            ours.callback(os.close, pair[0])
+            theirs.callback(os.close, pair[1])
+            return pair
 
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.callback(here.close)
+        theirs.callback(there.close)
+        here.shutdown(socket.SHUT_RD)  # whatever is sent to us fails at the sender: no descriptor reaches this process
+        requests, request_end = pipe(ipc.packet_pipe())
+        errors, error_end = pipe(plain_pipe())
+
+        def work() -> None:
+            os.dup2(error_end, 2)  # from here on a failure is told there, and not on the daemon's own standard error
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            keep_only([null, null, error_end, there.fileno(), request_end], inheritable=True)
+            os.set_blocking(2, True)
+            become(drop, parent)
+            os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"})
+
+        pid, pidfd = fork(work)
+        ours.pop_all()
+        return Spawned(pid, pidfd, here, requests, errors)
+
+
+def two_pipes(make: Callable[[], tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Two pipes, or none. Raises OSError."""
+    first = make()
     try:
-        pid, pidfd = _fork(work)
+        return first, make()
     except OSError:
-        ours.close()
-        ipc.close_all((requests, errors))
+        ipc.close_all(first)
         raise
-    finally:
-        theirs.close()
-        ipc.close_all((request_end, error_end, null))
-    return Spawned(pid, pidfd, ours, requests, errors)
 
 
 def plain_pipe() -> tuple[int, int]:
-    """A pipe (read end, write end) between gate and worker."""
+    """A pipe (read end, write end), not blocking, close-on-exec."""
     return os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def run_forked(work: Callable[[socket.socket], None], drop: Drop) -> tuple[int, int, socket.socket]:
-    """Run our own code in a fork without an exec, as somebody else. Returns (pid, pidfd, our end of a socket).
-
-    work: given the child's end of the socket; all other descriptors are closed, standard error too.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    parent = os.getpid()
-
-    def child() -> None:
-        _keep_only([null, null, null, theirs.fileno()], inheritable=False)
-        confine.make_undumpable()
-        _become(drop, parent)
-        work(socket.socket(fileno=os.dup(3)))
-
-    try:
-        pid, pidfd = _fork(child)
-    except OSError:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-        os.close(null)
-    return pid, pidfd, ours
-
-
-def sweep_session(session: int) -> None:
-    """Kill what a worker that died left running: all processes of its session.
-
-    The number can't have been given to somebody else meanwhile: the kernel keeps it for as long as it names a session.
-    """
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            pidfd = os.pidfd_open(int(name))
-        except OSError:
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:  # read after the pidfd: it is this process or none
-                fields = file.read().rpartition(b")")[2].split()
-            if int(fields[3]) == session and fields[0] != b"Z":
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        except (OSError, IndexError):
-            pass
-        finally:
-            os.close(pidfd)

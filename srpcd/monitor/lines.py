@@ -8,11 +8,13 @@ as the service has opened both. What a worker or gate says has no influence on w
 
 import ctypes
 import os
+import resource
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from errno import ENODATA, EOPNOTSUPP
+from errno import EMSGSIZE
 from itertools import count
 from typing import Generic, TypeVar
 
@@ -20,11 +22,10 @@ from srpcd import ipc
 from srpcd.wire import frames
 
 W = TypeVar("W")  # a worker, whatever that is to the monitor
-IN_OPEN, IN_NONBLOCK, IN_CLOEXEC = 0x20, 0o4000, 0o2000000
+IN_OPEN, IN_ONESHOT, IN_NONBLOCK, IN_CLOEXEC = 0x20, 0x80000000, 0o4000, 0o2000000
 _EVENT = struct.Struct("iIII")
 _ACL = struct.Struct("<HHI")
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NOBODY = 1, 2, 4, 16, 32, 0xFFFFFFFF
-_ATTRIBUTES = ("system.posix_acl_access", "security.selinux")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,38 +51,26 @@ class Announcement:
 
 
 class Endpoint(Generic[W]):
-    """A pinned inode with its servers and callers. chain: O_PATH descriptors, tree root first, the pipe last."""
+    """A pinned inode, found at a path, with its servers and callers.
 
-    def __init__(self, path: str, chain: list[int]) -> None:
-        self.path = path
-        self.servers: list[Announcement] = []
-        self.callers: dict[W, str] = {}  # with the path by which each has proved that it may
-        self.joined: set[tuple[int, W]] = set()  # (announcement, worker) with a line
-        self.chain: list[int] = []
-        self.renew(chain)
+    chain: O_PATH descriptors, tree root first, the pipe last. owner: uid on whose account they are. seen: what `revoke`
+    has looked at; None at first, so that nobody else's probe can hide a change. joined: (announcement, worker) with a line.
+    """
 
-    def renew(self, chain: list[int]) -> None:
-        """Take another probe's descriptors in the place of those there are."""
-        ipc.close_all(self.chain)
+    def __init__(self, key: tuple[int, int, str], chain: list[int], owner: int) -> None:
+        self.key = key
+        self.path = key[2]
         self.chain = chain
-        self.seen = self.attributes()
+        self.owner = owner
+        self.seen: list[tuple[int, ...]] | None = None
+        self.servers: list[Announcement] = []
+        self.callers: set[W] = set()
+        self.joined: set[tuple[int, W]] = set()
 
-    def attributes(self) -> list[object]:
-        """What decides about access, of the endpoint and all directories above it."""
-        return [_attributes(fd) for fd in self.chain]
-
-
-def _attributes(fd: int) -> object:
-    found = os.fstat(fd)
-    extended = []
-    for name in _ATTRIBUTES:
-        try:
-            extended.append(os.getxattr(f"/proc/self/fd/{fd}", name))
-        except OSError as fault:
-            if fault.errno not in (ENODATA, EOPNOTSUPP):
-                raise
-            extended.append(b"")
-    return (found.st_mode, found.st_uid, found.st_gid, found.st_nlink > 0, extended)
+    def attributes(self) -> list[tuple[int, ...]]:
+        """What decides about access, of the endpoint and all directories above it. (An ACL or a label changes ctime.)"""
+        found = map(os.fstat, self.chain)
+        return [(each.st_mode, each.st_uid, each.st_gid, each.st_ctime_ns, min(each.st_nlink, 1)) for each in found]
 
 
 class Line(Generic[W]):
@@ -107,7 +96,9 @@ class Register(Generic[W]):
         self._own = own
         self._numbers = count(1)
         self._watches: dict[int, tuple[int, str]] = {}
-        self.endpoints: dict[tuple[int, int], Endpoint[W]] = {}
+        self._held: Counter[int] = Counter()  # descriptors, by uid
+        self._room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self.endpoints: dict[tuple[int, int, str], Endpoint[W]] = {}
         self.lines: dict[int, Line[W]] = {}
         shutil.rmtree(directory, ignore_errors=True)  # what a crash left behind
         os.mkdir(directory, 0o711)
@@ -115,25 +106,31 @@ class Register(Generic[W]):
         if self.inotify < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1")
 
-    def endpoint(self, path: str, chain: list[int]) -> Endpoint[W]:
-        """The endpoint of a probe's descriptors, which belong to the register from here on."""
+    def endpoint(self, path: str, chain: list[int], owner: int) -> Endpoint[W] | None:
+        """The endpoint of a probe's descriptors, which belong to the register from here on. None: over a limit.
+
+        owner: the uid that they are counted for, which may hold a quarter of all.
+        """
         inode = os.fstat(chain[-1])
-        key = (inode.st_dev, inode.st_ino)
+        key = (inode.st_dev, inode.st_ino, path)
         found = self.endpoints.get(key)
-        if found is None:
-            found = self.endpoints[key] = Endpoint(path, chain)
-        else:
-            found.path = path
-            found.renew(chain)
+        if found is not None or self._held[owner] > self._room // 4 or self._held.total() > self._room:
+            ipc.close_all(chain)
+            return found
+        self._held[owner] += len(chain)
+        found = self.endpoints[key] = Endpoint(key, chain, owner)
         return found
+
+    def live(self, dev: int, ino: int) -> bool:
+        """Whether anybody serves the pipe with this inode."""
+        return any(each.servers for key, each in self.endpoints.items() if key[:2] == (dev, ino))
 
     def release(self, endpoint: Endpoint[W]) -> None:
         """Forget an endpoint that has neither servers nor callers."""
-        if not endpoint.servers and not endpoint.callers and endpoint.chain:
-            inode = os.fstat(endpoint.chain[-1])
-            self.endpoints.pop((inode.st_dev, inode.st_ino), None)
+        if not endpoint.servers and not endpoint.callers and endpoint.key in self.endpoints:
+            del self.endpoints[endpoint.key]
+            self._held[endpoint.owner] -= len(endpoint.chain)
             ipc.close_all(endpoint.chain)
-            endpoint.chain = []
 
     def missing(self, endpoint: Endpoint[W], worker: W) -> Iterable[Announcement]:
         """The servers of an endpoint to which a worker has no line."""
@@ -161,9 +158,11 @@ class Register(Generic[W]):
             opened.append(os.open(recv, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             opened.append(os.open(send, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             uid, gid, groups, user = caller
-            os.write(opened[0], frames.caller_frame(uid, gid, groups, user, "", "/" + endpoint.path))
+            first = frames.caller_frame(uid, gid, groups, user, "", "/" + endpoint.path)
+            if len(first) > frames.PIPE_BUF or os.write(opened[0], first) != len(first):
+                raise OSError(EMSGSIZE, "the first frame does not fit")  # cut short, the worker could write its end
             for path, name in ((recv, "recv"), (send, "send")):  # after our own opens, which are not to be seen
-                watch: int = _libc.inotify_add_watch(self.inotify, os.fsencode(path), IN_OPEN)
+                watch: int = _libc.inotify_add_watch(self.inotify, os.fsencode(path), IN_OPEN | IN_ONESHOT)
                 if watch < 0:
                     raise OSError(ctypes.get_errno(), "inotify_add_watch")
                 self._watches[watch] = (number, name)
@@ -214,7 +213,6 @@ class Register(Generic[W]):
             self.end_line(number)
         for endpoint in self.endpoints.values():
             ipc.close_all(endpoint.chain)
-            endpoint.chain = []
         self.endpoints.clear()
         os.close(self.inotify)
         shutil.rmtree(self._directory, ignore_errors=True)

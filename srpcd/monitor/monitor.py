@@ -16,19 +16,30 @@ from typing import Any
 
 from srpcd import ipc
 from srpcd.config import Config
-from srpcd.log import Log
+from srpcd.log import Log, Value
 from srpcd.monitor import accounts, authentication, launch
 from srpcd.monitor.authentication import Afid, PamChild
 from srpcd.monitor.children import Child, Gate, Session, Worker
 from srpcd.monitor.connections import Connection, HangUps
+from srpcd.monitor.forked import Turns, sweep_session
 from srpcd.monitor.launch import Drop, Identity
 from srpcd.monitor.lines import Announcement, Endpoint, Register
 from srpcd.monitor.probe import Proof, probe
 from srpcd.monitor.requests import State, Violation, permitted, plain_path
-from srpcd.wire.limits import AFIDS_MAX, DECIDING_MAX, FAILURES_MAX, LISTENERS_MAX, PROBING_MAX, SESSIONS_MAX
+from srpcd.wire.limits import (
+    AFIDS_MAX,
+    DECIDING_MAX,
+    FAILURES_MAX,
+    LISTENERS_MAX,
+    PAM_CHILDREN_MAX,
+    PROBES_MAX,
+    PROBING_MAX,
+    SERVERS_MAX,
+    SESSIONS_MAX,
+)
 
 START_SECONDS = 10.0
-"""How long a new process may take to prove that it is confined."""
+"""How long a new process may take to prove that it is confined, and an old one to end."""
 
 
 class Denied(Exception):
@@ -43,24 +54,28 @@ class Denied(Exception):
 class Monitor:
     """Handlers of all requests. Gates are started, and connections accepted, by `srpcd.monitor.service`.
 
-    own: who the daemon is itself; personal: it serves that user alone, and nothing is dropped. table: what to exec.
-    gate_uid: of the gates. lines: directory of the lines.
+    table: what to exec. own: who the daemon is itself. gates: uids of the gates. personal: it serves its own user alone,
+    and nothing is dropped.
     """
 
-    def __init__(self, config: Config, log: Log, table: launch.Table, own: Identity, gate_uid: int, personal: bool):
+    def __init__(
+        self, config: Config, log: Log, table: launch.Table, own: Identity, gates: frozenset[int], personal: bool
+    ) -> None:
         self.config = config
         self.log = log
         self.table = table
         self.own = own
         self.personal = personal
-        self.daemon_uids = frozenset() if personal else frozenset({own.uid, gate_uid})
+        self.daemon_uids = frozenset() if personal else gates | {own.uid}
         self.register: Register[Worker] = Register(os.path.join(config.paths.runtime, "lines"), own.uid)
         self.workers: dict[Identity, Worker] = {}
         self.children: set[Child] = set()
-        self._numbers = count(1)
         self.hang_ups = HangUps(self.connection_over)
-        self._slots = authentication.Slots()
+        self._numbers = count(1)
         self._failures = authentication.Failures()
+        # Those whom the kernel vouches for do not wait behind strangers who type no password.
+        self._pam = {each: Turns(PAM_CHILDREN_MAX, PAM_CHILDREN_MAX // 2) for each in ("pam", "peer")}
+        self._probes = Turns(PROBES_MAX, PROBES_MAX // 8)
         asyncio.get_running_loop().add_reader(self.register.inotify, self.register.opened)
 
     # --- children ------------------------------------------------------------------------------------------------------
@@ -82,11 +97,8 @@ class Monitor:
         """How to become somebody; in personal mode everybody is the daemon's own user already."""
         return Drop(None if self.personal else identity, limits or {})
 
-    def ready(self, gate: Gate, _message: ipc.Ready) -> None:
-        gate.serving()
-
-    def proved(self, worker: Worker, _message: ipc.Proved) -> None:
-        worker.serving()
+    def proved(self, child: Child, _message: ipc.Message) -> None:
+        child.serving()
 
     def drained(self, gate: Gate, _message: ipc.Drained) -> None:
         gate.drained.set()
@@ -114,7 +126,7 @@ class Monitor:
         return task
 
     def connection_over(self, connection: Connection) -> None:
-        """Everything that belongs to the connection ends; workers that nobody else uses, after their idle time."""
+        """Everything that belongs to the connection ends."""
         if connection.over:
             return
         connection.over = True
@@ -123,23 +135,30 @@ class Monitor:
             task.cancel()
         for number in list(connection.announcements):
             self._withdraw(connection, number)
-        for worker in connection.workers:
-            worker.connections.discard(connection)
-            if not worker.connections:
-                self._idle(worker)
-        connection.place.leave()
+        for number in list(connection.sessions):
+            self._end_session(connection, number)
+        connection.counts.change(connection, -1)
         self.hang_ups.remove(connection)
         self.log.event("debug", "connection", state="over", conn=connection.number, peer=connection.peer)
 
+    def _told(self, event: str, connection: Connection, errno: int, granted: str = "granted", **fields: Value) -> None:
+        """Write what became of a request into the log."""
+        if event == "authentication" or connection.quota.take():
+            level, outcome = ("warning", "refused") if errno and event == "authentication" else ("info", granted)
+            self.log.event(
+                level, event, outcome="refused" if errno else outcome, conn=connection.number, peer=connection.peer,
+                **fields, errno=errno or None,
+            )  # fmt: skip
+
     def taken(self, gate: Gate, message: ipc.Taken) -> None:
         self.connection(gate, message.conn)
-        gate.untaken.discard(message.conn)
+        gate.untaken.pop(message.conn, None)
         gate.room()
 
     def refusal(self, gate: Gate, message: ipc.Refusal) -> None:
         connection = self.connection(gate, message.conn)
         session = connection.sessions.get(message.session) if connection else None
-        if connection and session and gate.may_log():
+        if connection and session and connection.quota.take():
             self.log.event(
                 "info", "refused", operation=message.operation, conn=connection.number, peer=connection.peer,
                 user=session.user, endpoint="/" + message.path, errno=message.errno,
@@ -151,54 +170,58 @@ class Monitor:
         connection = self.connection(gate, message.conn)
         if connection is None:
             return
-        if message.afid in connection.afids or message.mechanism not in ("pam", "peer"):
+        if message.afid in connection.afids or message.mechanism not in self._pam:
             raise Violation("an afid twice, or a mechanism that there is none of")
-        if len(connection.afids) >= AFIDS_MAX or connection.authenticating:
+        if len(connection.afids) >= AFIDS_MAX or connection.authenticating or connection.failures >= FAILURES_MAX:
             text = "one authentication at a time on a connection, and a bounded number of afids"
             gate.send(ipc.Verdict(message.conn, message.afid, EAGAIN, text))
             return
         afid = connection.afids[message.afid] = Afid(message.uname, plain_path(message.aname))
-        connection.authenticating = True
+        connection.authenticating = afid
         afid.task = self.run(connection, self._authenticate(connection, afid, message))
 
     async def _authenticate(self, connection: Connection, afid: Afid, message: ipc.Authenticate) -> None:
         user, by_password = afid.uname, message.mechanism == "pam"
-        errno, told, reason = *authentication.REFUSED, ""
+        errno, told, reason, answered = EACCES, authentication.REFUSED, "abandoned", 0
         try:
-            if by_password:
-                await asyncio.sleep(self._failures.wait(user, connection.origin))
-            elif connection.identity is None:
+            if not by_password and connection.identity is None:
                 raise Denied(EOPNOTSUPP, "the mechanism peer is for the local socket")
-            outcome = await self._converse(connection, message)
-            reason = outcome.reason
-            if not outcome.errno:
-                reason = self._policy(await accounts.look_up(user), connection, message.mechanism)
-                errno, told = (EACCES, told) if reason else (0, "")
-            if by_password:
-                self._failures.record(user, connection.origin, errno == 0)
-                connection.failures = connection.failures + 1 if errno else 0
-                if errno:
-                    answered = outcome.answered / 1e9 or time.monotonic()
-                    step = self.config.authentication.refusal
-                    await asyncio.sleep(authentication.deadline(answered, step) - time.monotonic())
+            async with self._failures.attempt((user, connection.origin if by_password else "")) as attempt:
+                attempt.begun = by_password
+                connection.failures += by_password
+                outcome = await self._converse(connection, message)
+                reason, answered = outcome.reason, outcome.answered
+                if not outcome.errno:
+                    reason = self._policy(await self._look_up(user), connection, message.mechanism)
+                    attempt.accepted = not reason
+                if not reason:
+                    errno, told = 0, ""
+                    connection.failures -= by_password
+            if errno and by_password:
+                step = self.config.authentication.refusal
+                await asyncio.sleep(authentication.deadline(answered / 1e9, step) - time.monotonic())
         except Denied as denied:
             errno, told, reason = denied.errno, denied.message, denied.message
         finally:
-            connection.authenticating = False
-        if errno:
-            connection.afids.pop(message.afid, None)
-        else:
+            connection.authenticating = None
+            aname = "/" + afid.aname
+            self._told("authentication", connection, errno, "accepted", user=user, mechanism=message.mechanism, aname=aname,
+                       reason=reason or None)  # fmt: skip
+            if errno:
+                connection.afids.pop(message.afid, None)
+            if connection.failures >= FAILURES_MAX:
+                self.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
+                asyncio.get_running_loop().call_later(1.0, self.connection_over, connection)  # after the last answer
+        if not errno:
             afid.expires = time.monotonic() + self.config.authentication.afid_age
-            connection.place.known()
-        self.log.event(
-            "warning" if errno else "info", "authentication", outcome="refused" if errno else "accepted",
-            conn=connection.number, peer=connection.peer, user=user, mechanism=message.mechanism,
-            aname="/" + afid.aname, errno=errno or None, reason=reason or None,
-        )  # fmt: skip
+            connection.becomes_known()
         connection.gate.send(ipc.Verdict(connection.number, message.afid, errno, told))
-        if connection.failures >= FAILURES_MAX:
-            self.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
-            self.connection_over(connection)
+
+    async def _look_up(self, user: str) -> accounts.Account | None:
+        try:
+            return await accounts.look_up(user)
+        except OSError as fault:
+            raise Denied(EAGAIN, f"no look-up of accounts at the moment: {fault.strerror or fault}") from None
 
     def _policy(self, account: accounts.Account | None, connection: Connection, mechanism: str) -> str:
         settings = self.config.authentication
@@ -213,12 +236,15 @@ class Monitor:
 
     async def _converse(self, connection: Connection, message: ipc.Authenticate) -> ipc.Outcome:
         """Let a child authenticate. Raises Denied: EAGAIN, ETIMEDOUT."""
-        seconds, child = self.config.authentication.timeout, None
+        child: PamChild | None = None
         try:
-            async with self._slots.place(connection.origin, seconds):
+            async with (
+                asyncio.timeout(self.config.authentication.timeout),
+                self._pam[message.mechanism].turn(connection.origin),
+            ):
                 child = self.start(PamChild, message.uname, Drop(None, {}, not self.personal))
                 self._introduce(connection, message, child)
-                await asyncio.wait_for(asyncio.shield(child.gone), seconds)
+                await asyncio.shield(child.gone)
                 return child.result or ipc.Outcome(EACCES, "the authentication child died", 0)
         except TimeoutError:
             errno = ETIMEDOUT if child else EAGAIN
@@ -231,12 +257,10 @@ class Monitor:
 
     def _introduce(self, connection: Connection, message: ipc.Authenticate, child: PamChild) -> None:
         """Tell the child whom to authenticate, and let it and the gate talk to each other."""
-        uid = connection.identity.uid if connection.identity else 0
         service = self.config.authentication.pam_service
-        (answers, to_child), (prompts, from_child) = ipc.packet_pipe(), ipc.packet_pipe()
-        child.send(ipc.AuthSetup(message.mechanism, service, message.uname, uid, connection.host), (answers, from_child))
+        (answers, to_child), (prompts, from_child) = launch.two_pipes(ipc.packet_pipe)
+        child.send(ipc.AuthSetup(message.mechanism, service, message.uname, connection.host), (answers, from_child))
         connection.gate.send(ipc.Conversation(connection.number, message.afid), (prompts, to_child))
-        ipc.close_all((answers, to_child, prompts, from_child))
 
     def outcome(self, child: PamChild, message: ipc.Outcome) -> None:
         child.result = message
@@ -245,9 +269,8 @@ class Monitor:
     def forget_afid(self, gate: Gate, message: ipc.ForgetAfid) -> None:
         connection = self.connection(gate, message.conn)
         afid = connection.afids.pop(message.afid, None) if connection else None
-        if connection and afid and afid.task and not afid.task.done():
+        if afid and afid.task:
             afid.task.cancel()
-            connection.authenticating = False
 
     # --- sessions and workers ------------------------------------------------------------------------------------------
 
@@ -259,41 +282,41 @@ class Monitor:
         if afid is None or not afid.allows(message.uname, aname):
             text = "the afid is not accepted, too old, or not for this user and this part of the tree"
             gate.send(ipc.Refused(message.conn, message.request, EACCES, text))
+        elif len(connection.sessions) >= SESSIONS_MAX:
+            gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many sessions on one connection"))
         else:
             expires = time.monotonic() + self.config.authentication.session_age
             self._grant(connection, message.request, afid.uname, aname, (next(self._numbers), expires, 0))
 
     def resume(self, gate: Gate, message: ipc.Resume) -> None:
         connection = self.connection(gate, message.conn)
-        session = connection.sessions.get(message.session) if connection else None
         if connection is None:
             return
+        session = connection.sessions.get(message.session)
         if session is None or session.expires < time.monotonic():
-            connection.sessions.pop(message.session, None)
             gate.send(ipc.Refused(message.conn, message.request, EKEYEXPIRED, ""))
         else:
-            session_ = (message.session, session.expires, message.worker)
-            self._grant(connection, message.request, session.user, "", session_)
+            ticket = (message.session, session.expires, message.worker)
+            self._grant(connection, message.request, session.user, "", ticket)
 
     def detach(self, gate: Gate, message: ipc.Detach) -> None:
         connection = self.connection(gate, message.conn)
-        session = connection.sessions.pop(message.session, None) if connection else None
-        if connection and session and all(each.worker is not session.worker for each in connection.sessions.values()):
-            connection.workers.discard(session.worker)
-            session.worker.connections.discard(connection)
-            self._idle(session.worker)
+        if connection is not None:
+            self._end_session(connection, message.session)
 
-    def _grant(self, connection: Connection, request: int, user: str, aname: str, session: tuple[int, float, int]) -> None:
-        """Answer an attach or resume. session: its number, when it expires, the worker that the gate has lost."""
-        number, expires, lost = session
+    def _grant(self, connection: Connection, request: int, user: str, aname: str, ticket: tuple[int, float, int]) -> None:
+        """Answer an attach or resume. ticket: the session's number, when it expires, the worker that the gate has lost."""
+        number, expires, lost = ticket
 
         async def grant() -> None:
             gate, errno, text = connection.gate, 0, ""
             try:
                 worker = await self._worker(connection, user)
-                connection.workers.add(worker)
-                worker.connections.add(connection)
+                if connection.over:
+                    return
+                self._end_session(connection, number)  # of a resume: it may have been another worker's
                 connection.sessions[number] = Session(user, worker, expires)
+                worker.connections.add(connection)
                 if worker.number == lost:
                     worker.gates.discard(gate)  # it lives, but its pipes to this gate do not
                 self._link(gate, worker, ipc.Attached(connection.number, request, number, worker.number))
@@ -302,21 +325,30 @@ class Monitor:
                 gate.send(ipc.Refused(connection.number, request, errno, text))
             finally:
                 connection.pending -= 1
-            self.log.event(
-                "info", "attach", outcome="refused" if errno else "granted", conn=connection.number, peer=connection.peer,
-                user=user, aname="/" + aname, errno=errno or None, reason=text or None,
-            )  # fmt: skip
+            self._told("attach", connection, errno, user=user, aname="/" + aname, reason=text or None)
 
-        connection.pending += 1
-        if connection.pending > DECIDING_MAX or len(connection.sessions) >= SESSIONS_MAX:
-            connection.pending -= 1
+        if connection.pending >= DECIDING_MAX:
             connection.gate.send(ipc.Refused(connection.number, request, EAGAIN, "too many requests at once"))
         else:
+            connection.pending += 1
             self.run(connection, grant())
+
+    def _end_session(self, connection: Connection, number: int) -> None:
+        """A session is over. The gate loses its pipes to the worker, where it has no other session there."""
+        session = connection.sessions.pop(number, None)
+        if session is None or any(each.worker is session.worker for each in connection.sessions.values()):
+            return
+        worker, gate = session.worker, connection.gate
+        worker.connections.discard(connection)
+        if gate in worker.gates and all(each.gate is not gate for each in worker.connections):
+            worker.gates.discard(gate)
+            worker.send(ipc.GateOver(gate.number))
+        if not worker.connections:
+            self._idle(worker)
 
     async def _worker(self, connection: Connection, user: str) -> Worker:
         """The worker of a user as he is now, started if there is none. Raises Denied."""
-        account = await accounts.look_up(user)
+        account = await self._look_up(user)
         reason = self._policy(account, connection, "")
         if account is None or reason:
             raise Denied(EACCES, reason)
@@ -326,11 +358,12 @@ class Monitor:
         if worker is None or worker.state is State.DONE:
             worker = self._start_worker(account)
         try:
-            proved = await asyncio.wait_for(asyncio.shield(worker.proved), START_SECONDS)
+            async with asyncio.timeout(START_SECONDS):
+                proved = await asyncio.shield(worker.proved)
         except TimeoutError:
             worker.kill("did not start in time")
             proved = False
-        if not proved:
+        if not proved or worker.state is State.DONE:
             raise Denied(ECONNRESET, "the worker could not be started: the daemon's log says why")
         return worker
 
@@ -339,15 +372,14 @@ class Monitor:
         if len(self.workers) >= limits.workers:
             raise Denied(EAGAIN, "the daemon has as many workers as it may have")
         try:
-            worker: Worker = self.start(
-                Worker, account.name, self.drop(account.identity, launch.WORKER_LIMITS), account.name
-            )
+            drop = self.drop(account.identity, launch.WORKER_LIMITS)
+            worker: Worker = self.start(Worker, account.name, drop, account.name)
         except OSError as fault:
             raise Denied(EAGAIN, f"no new process: {fault.strerror}") from None
         identity = account.identity
-        worker.serve(next(self._numbers), identity, account.name)
+        worker.begin(next(self._numbers), identity, account.name)
         self.workers[identity] = worker
-        worker.gone.add_done_callback(lambda gone: self._worker_gone(worker, gone.result()))
+        worker.gone.add_done_callback(lambda _: self._worker_gone(worker))
         self._idle(worker)  # whoever asked for it may be gone before it is there
         worker.send(
             ipc.WorkerSetup(
@@ -362,14 +394,16 @@ class Monitor:
         if gate in worker.gates:
             gate.send(message)
             return
+        try:
+            (worker_reads, gate_writes), (gate_reads, worker_writes) = launch.two_pipes(launch.plain_pipe)
+        except OSError:
+            raise Denied(EAGAIN, "no descriptors are left") from None
         worker.gates.add(gate)
-        (worker_reads, gate_writes), (gate_reads, worker_writes) = launch.plain_pipe(), launch.plain_pipe()
         worker.send(ipc.Gate(gate.number), (worker_reads, worker_writes))
         gate.send(message, (gate_reads, gate_writes))
-        ipc.close_all((worker_reads, gate_writes, gate_reads, worker_writes))
 
     def _idle(self, worker: Worker) -> None:
-        """Let a worker end after its idle time, unless somebody attaches to it before."""
+        """Let a worker end after its idle time, unless somebody is attached to it then."""
 
         def look() -> None:
             if not worker.connections and worker.state is not State.DONE:
@@ -384,73 +418,75 @@ class Monitor:
         if self.workers.get(worker.identity) is worker:
             del self.workers[worker.identity]
         worker.release()
-        asyncio.get_running_loop().call_later(START_SECONDS, worker.kill, "did not end when told to")
+        asyncio.get_running_loop().call_later(START_SECONDS, worker.kill, "")
 
-    def _worker_gone(self, worker: Worker, status: int) -> None:
+    def _worker_gone(self, worker: Worker) -> None:
         if self.workers.get(worker.identity) is worker:
             del self.workers[worker.identity]
         for task in list(worker.tasks):
             task.cancel()
-        for connection in worker.connections:
-            connection.workers.discard(worker)
         for number in [number for number, line in self.register.lines.items() if line.worker is worker]:
             self.register.end_line(number)
         for endpoint in list(worker.endpoints):
             self._forget_caller(worker, endpoint)
-        if status != 0:
-            launch.sweep_session(worker.pid)
+        if worker.gone.result() != 0:
+            task = asyncio.get_running_loop().create_task(sweep_session(worker.pid))
+            worker.tasks.add(task)  # held until it is done
 
     def _forget_caller(self, worker: Worker, endpoint: Endpoint[Worker]) -> None:
         worker.endpoints.discard(endpoint)
-        endpoint.callers.pop(worker, None)
+        endpoint.callers.discard(worker)
         self.register.release(endpoint)
 
     # --- endpoints and lines -------------------------------------------------------------------------------------------
 
     async def _probe(self, identity: Identity, path: str, access: int, inode: tuple[int, int] | None = None) -> Proof:
-        try:
+        async with self._probes.turn(identity.uid):
             return await probe(self.drop(identity), self.config.paths.tree, path, access, inode)
-        except OSError:
-            return Proof(EAGAIN, [])
 
     def announce(self, gate: Gate, message: ipc.Announce) -> None:
         connection = self.connection(gate, message.conn)
         if connection is None:
             return
-        path = plain_path(message.path)
-        if connection.identity is None:
+        path, identity = plain_path(message.path), connection.identity
+        if identity is None:
             raise Violation("an announcement for nobody")
-        if connection.pending >= DECIDING_MAX or len(connection.announcements) >= LISTENERS_MAX:
-            gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many announcements"))
+        if connection.pending + len(connection.announcements) >= LISTENERS_MAX or connection.pending >= DECIDING_MAX:
+            gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many announcements on one connection"))
             return
         connection.pending += 1
-        self.run(connection, self._announce(connection, connection.identity, message.request, path))
+        self.run(connection, self._announce(connection, identity, message.request, path))
 
     async def _announce(self, connection: Connection, identity: Identity, request: int, path: str) -> None:
-        gate, errno, text, warning = connection.gate, EPERM, "", ""
+        errno, text = 0, ""
         try:
             if identity.uid in self.daemon_uids | {0, authentication.OVERFLOW_UID}:
-                text = "a service needs an account of its own: root and the daemon's accounts can't announce"
-            else:
-                errno, chain = await self._probe(identity, path, os.O_RDONLY)
-                if not errno:
-                    warning = self._register(connection, request, identity.uid, path, chain)
-            if errno:
-                gate.send(ipc.Refused(connection.number, request, errno, text))
+                raise Denied(EPERM, "a service needs an account of its own: root and the daemon's accounts can't announce")
+            refused, chain = await self._probe(identity, path, os.O_RDONLY)
+            if connection.over:
+                ipc.close_all(chain)
+                return
+            if refused:
+                raise Denied(refused)
+            text = self._enter(connection, request, identity.uid, path, chain)
+        except Denied as denied:
+            errno, text = denied.errno, denied.message
+            connection.gate.send(ipc.Refused(connection.number, request, errno, text))
         finally:
             connection.pending -= 1
-        self.log.event(
-            "info", "announce", outcome="refused" if errno else "granted", conn=connection.number, uid=identity.uid,
-            endpoint="/" + path, errno=errno or None, reason=text or warning or None,
-        )  # fmt: skip
+        self._told("announce", connection, errno, uid=identity.uid, endpoint="/" + path, reason=text or None)
 
-    def _register(self, connection: Connection, request: int, uid: int, path: str, chain: list[int]) -> str:
-        """Enter a server, tell it so, and give its callers lines. Returns a warning, or nothing."""
-        endpoint, number = self.register.endpoint(path, chain), next(self._numbers)
+    def _enter(self, connection: Connection, request: int, uid: int, path: str, chain: list[int]) -> str:
+        """Enter a server, tell it so, and give its callers lines. Returns a warning, or nothing. Raises Denied."""
+        endpoint, number = self.register.endpoint(path, chain, uid), next(self._numbers)
+        if endpoint is None or len(endpoint.servers) >= SERVERS_MAX:
+            raise Denied(EAGAIN, "too many endpoints, or too many processes that serve this one")
         gate, conn = connection.gate, connection.number
         server = Announcement(number, uid, lambda line: gate.send(ipc.NewLine(conn, number, line)))
         endpoint.servers.append(server)
         connection.announcements[number] = endpoint, server
+        if not connection.known:
+            connection.becomes_known()
         mode, warning = os.fstat(endpoint.chain[-1]).st_mode, ""
         if mode & 0o060 == 0o060 or mode & 0o006 == 0o006:
             warning = f"mode {mode & 0o777:o}: whoever may call this endpoint may also serve it; take read away from callers"
@@ -473,31 +509,32 @@ class Monitor:
                 line.worker.lines -= 1
                 line.worker.send(ipc.LineOver(line_number))
         self.register.release(endpoint)
-        self.log.event("info", "withdraw", conn=connection.number, peer=connection.peer, endpoint="/" + endpoint.path)
+        if connection.quota.take():
+            self.log.event("info", "withdraw", conn=connection.number, peer=connection.peer, endpoint="/" + endpoint.path)
 
     def _join(self, endpoint: Endpoint[Worker], server: Announcement, worker: Worker) -> None:
         """Make a line between a worker that may call and a server, and tell both."""
         if worker.lines >= self.config.limits.lines_per_worker:
-            self.log.event("warning", "limit", which="lines_per_worker", user=worker.user, endpoint="/" + endpoint.path)
+            if worker.quota.take():
+                self.log.event("warning", "limit", which="lines_per_worker", user=worker.user, endpoint="/" + endpoint.path)
             return
-        inode = os.fstat(endpoint.chain[-1])
         try:
             number, write, read = self.register.make_line(endpoint, server, worker, (*worker.identity, worker.user))
         except OSError as fault:
-            self.log.event("error", "warning", text=f"no line: {fault}", endpoint="/" + endpoint.path)
+            if worker.quota.take():
+                self.log.event("error", "warning", text=f"no line: {fault}", endpoint="/" + endpoint.path)
             return
         worker.lines += 1
-        worker.send(ipc.Line(number, inode.st_dev, inode.st_ino), (write, read))
-        ipc.close_all((write, read))
+        worker.send(ipc.Line(number, *endpoint.key[:2]), (write, read))
         server.tell(number)
 
     def lines_wanted(self, worker: Worker, message: ipc.LinesWanted) -> None:
-        path = plain_path(message.path)
-        if worker.probing >= PROBING_MAX or len(worker.endpoints) >= self.config.limits.lines_per_worker:
-            worker.send(ipc.Lines(message.dev, message.ino, EAGAIN))
+        path, inode = plain_path(message.path), (message.dev, message.ino)
+        if worker.waiting >= PROBING_MAX or len(worker.endpoints) >= self.config.limits.lines_per_worker:
+            worker.send(ipc.Lines(*inode, EAGAIN))
             return
-        worker.probing += 1
-        task = asyncio.get_running_loop().create_task(self._lines_wanted(worker, path, (message.dev, message.ino)))
+        worker.waiting += 1
+        task = asyncio.get_running_loop().create_task(self._lines_wanted(worker, path, inode))
         worker.tasks.add(task)
         task.add_done_callback(worker.tasks.discard)
 
@@ -505,13 +542,18 @@ class Monitor:
         try:
             errno, chain = await self._probe(worker.identity, path, os.O_WRONLY, inode)
         finally:
-            worker.probing -= 1
-        if not errno:
-            endpoint = self.register.endpoint(path, chain)
-            endpoint.callers[worker] = path
+            worker.waiting -= 1
+        if worker.state is State.DONE:
+            ipc.close_all(chain)
+            return
+        endpoint = None if errno else self.register.endpoint(path, chain, worker.identity.uid)
+        if endpoint is not None:
+            endpoint.callers.add(worker)
             worker.endpoints.add(endpoint)
             for server in self.register.missing(endpoint, worker):
                 self._join(endpoint, server, worker)
+        elif not errno:
+            errno = EAGAIN
         worker.send(ipc.Lines(*inode, errno))
 
     def line_gone(self, worker: Worker, message: ipc.LineGone) -> None:
@@ -521,60 +563,65 @@ class Monitor:
             worker.lines -= 1
 
     def is_live(self, worker: Worker, message: ipc.IsLive) -> None:
-        endpoint = self.register.endpoints.get((message.dev, message.ino))
-        worker.send(ipc.Live(message.request, bool(endpoint and endpoint.servers)))
+        worker.send(ipc.Live(message.request, self.register.live(message.dev, message.ino)))
 
     # --- what is looked at from time to time ---------------------------------------------------------------------------
 
     async def revoke(self) -> None:
-        """Where attributes of an endpoint or of a directory above it changed: probe again, kill workers that fail."""
+        """Where attributes of an endpoint or of a directory above it changed: probe again, kill workers that fail.
+
+        What a worker holds is its lines. One that holds none is only forgotten: it has to ask again.
+        """
         for endpoint in list(self.register.endpoints.values()):
-            if not endpoint.callers or endpoint.seen == endpoint.attributes():
+            if not endpoint.chain or endpoint.key not in self.register.endpoints:
                 continue
-            inode = os.fstat(endpoint.chain[-1])
-            for worker, path in list(endpoint.callers.items()):
-                errno, chain = await self._probe(worker.identity, path, os.O_WRONLY, (inode.st_dev, inode.st_ino))
-                if not errno and endpoint.chain:
-                    endpoint.renew(chain)
-                    continue
+            found = endpoint.attributes()  # before the probes, so that what changes meanwhile is seen the next time
+            if endpoint.seen is None or endpoint.seen == found:
+                endpoint.seen = found
+                continue
+            tried = True
+            for worker in list(endpoint.callers):
+                errno, chain = await self._probe(worker.identity, endpoint.path, os.O_WRONLY, endpoint.key[:2])
                 ipc.close_all(chain)
-                if any(joined is worker for _server, joined in endpoint.joined):
-                    worker.kill(f"may no longer call /{path} (errno {errno})")
-                else:  # it holds nothing that would have to be taken away, and has to ask again
+                if errno == EAGAIN:
+                    tried = False
+                elif errno and any(joined is worker for _server, joined in endpoint.joined):
+                    worker.kill(f"may no longer call /{endpoint.path} (errno {errno})")
+                elif errno:
                     self._forget_caller(worker, endpoint)
+            if tried:
+                endpoint.seen = found
 
     async def refresh(self) -> None:
         """Look afresh at who the users with workers are; a worker that is not what its user is now ends."""
         for worker in list(self.workers.values()) if not self.personal else ():
-            account = await accounts.look_up(worker.identity.uid)
-            if account is None or account.identity != worker.identity:
-                self._end_sessions(worker, float("inf"))
-                self._retire(worker)
+            with suppress(OSError):  # a directory service that does not answer says nothing about anybody
+                account = await accounts.look_up(worker.user)
+                if account is None or account.identity != worker.identity:
+                    self._expire(worker, float("inf"))
+                    self._retire(worker)
 
     def expire(self) -> None:
         """End sessions that are too old."""
         now = time.monotonic()
         for worker in list(self.workers.values()):
-            self._end_sessions(worker, now)
+            self._expire(worker, now)
 
-    def _end_sessions(self, worker: Worker, now: float) -> None:
+    def _expire(self, worker: Worker, now: float) -> None:
         for connection in list(worker.connections):
             for number, session in list(connection.sessions.items()):
                 if session.worker is worker and session.expires < now:
-                    del connection.sessions[number]
                     connection.gate.send(ipc.SessionOver(connection.number, number))
+                    self._end_session(connection, number)
 
     async def stop(self) -> None:
         """End all children that are left, and remove everything that was made."""
-        for child in list(self.children):
-            child.release()
-        gone = [child.gone for child in self.children]
-        if gone:
+        for end in (Child.release, lambda child: child.kill("")):
+            for child in list(self.children):
+                end(child)
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*map(asyncio.shield, gone)), 2.0)
-        for child in list(self.children):
-            child.kill("the daemon ends")
-        await asyncio.gather(*(child.gone for child in self.children))
+                async with asyncio.timeout(2.0):
+                    await asyncio.gather(*(asyncio.shield(child.gone) for child in self.children))
         asyncio.get_running_loop().remove_reader(self.register.inotify)
         self.hang_ups.close()
         self.register.close()

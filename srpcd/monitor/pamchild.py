@@ -9,13 +9,15 @@ no fail delay, so the conversation is made here.
 """
 
 import ctypes
+import ctypes.util
 import os
 import sys
 import time
 from _socket import socket
 
 if __name__ == "__main__":
-    sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), *sys.argv[1:]]
+    sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+    sys.path += sys.argv[1:]
 
 import importlib
 from errno import EACCES
@@ -68,6 +70,9 @@ class Conversation:
 def authenticate(setup: ipc.AuthSetup, conversation: Conversation) -> None:
     """Run the PAM stacks. Raises Refused for anything but success in all of them."""
     ctypes.CDLL("libpam.so.0", ctypes.RTLD_GLOBAL)  # modules that are not linked against libpam look for it there
+    # python-pam asks for the libraries' names; find_library would run ldconfig, or a compiler, as root to find them out.
+    names = {"pam": "libpam.so.0", "pam_misc": "libpam_misc.so.0"}
+    setattr(ctypes.util, "find_library", names.get)  # noqa: B010  mypy would not have it assigned
     pam: Any = importlib.import_module("pam.__internals")
     library = pam.PamAuthenticator()
     libc = ctypes.CDLL(None)
@@ -127,6 +132,7 @@ def main() -> None:
         raise TypeError("the first message is no AuthSetup")
     for fd in (answers, prompts, REQUESTS):
         os.set_blocking(fd, True)
+    os.set_inheritable(REQUESTS, False)  # not for programs that a PAM module starts
     conversation = Conversation(answers, prompts)
     try:
         if not setup.uname or "\0" in setup.uname:

@@ -6,15 +6,15 @@ they pin the inodes, and the monitor watches their attributes. That is the one p
 in, and they come from its own code. (An `O_PATH` descriptor reads as access mode 0, so it proves nothing by itself.)
 """
 
-import asyncio
 import os
-import signal
 import socket
 import stat
-from errno import ENAMETOOLONG, ENOENT, ENXIO, ESTALE, ETIMEDOUT
+from errno import EAGAIN, ENAMETOOLONG, ENOENT, ENXIO, ESTALE, ETIMEDOUT
 from typing import NamedTuple
 
-from srpcd.monitor import launch
+from srpcd import ipc
+from srpcd.monitor.forked import ask
+from srpcd.monitor.launch import Drop
 from srpcd.openat2 import O_PATH, open_beneath
 from srpcd.wire.limits import DEPTH_MAX
 
@@ -29,45 +29,22 @@ class Proof(NamedTuple):
     chain: list[int]
 
 
-async def probe(drop: launch.Drop, tree: str, path: str, access: int, inode: tuple[int, int] | None) -> Proof:
+async def probe(drop: Drop, tree: str, path: str, access: int, inode: tuple[int, int] | None) -> Proof:
     """May this identity open the named pipe at `path` with `access` (os.O_RDONLY to serve, os.O_WRONLY to call)?
 
-    inode: (device, inode) that it must be, else ESTALE; None for any.
+    inode: (device, inode) that it must be, else ESTALE; None for any. errno EAGAIN: it could not be tried.
     """
-    child, pidfd, sock = launch.run_forked(lambda end: _answer(end, tree, path, access, inode), drop)
     try:
-        sock.setblocking(False)
-        await asyncio.wait_for(_readable(sock), SECONDS)
-        data, ancillary, _flags, _address = sock.recvmsg(16, 2048, socket.MSG_CMSG_CLOEXEC)
-        chain = [fd for _level, _kind, content in ancillary for fd in memoryview(content).cast("i")]
-        return Proof(int.from_bytes(data, "big") if data else ESTALE, chain)
+        data, chain = await ask(lambda end: _answer(end, tree, path, access, inode), drop, SECONDS)
     except TimeoutError:
         return Proof(ETIMEDOUT, [])
-    finally:
-        sock.close()
-        await reap(child, pidfd)
-
-
-async def _readable(sock: socket.socket) -> None:
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(sock.fileno(), ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sock.fileno())
-
-
-async def reap(pid: int, pidfd: int) -> None:
-    """End a forked child and collect it, without waiting where others are held up."""
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    loop, gone = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(pidfd, gone.set)
-    try:
-        await gone.wait()
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-        os.waitpid(pid, os.WNOHANG)
+    except OSError:
+        return Proof(EAGAIN, [])
+    errno = int.from_bytes(data, "big") if data else EAGAIN
+    if errno or len(chain) != path.count("/") + 2:
+        ipc.close_all(chain)
+        return Proof(errno or EAGAIN, [])
+    return Proof(0, chain)
 
 
 def _answer(end: socket.socket, tree: str, path: str, access: int, inode: tuple[int, int] | None) -> None:
@@ -76,21 +53,16 @@ def _answer(end: socket.socket, tree: str, path: str, access: int, inode: tuple[
         errno = _try(chain, tree, path, access, inode)
     except OSError as fault:
         errno = fault.errno or ENOENT
-    if errno:
-        chain = []
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in chain))]
-    end.sendmsg([errno.to_bytes(4, "big")], ancillary if chain else [])
+    end.sendmsg([errno.to_bytes(4, "big")], [] if errno else ancillary)
 
 
 def _try(chain: list[int], tree: str, path: str, access: int, inode: tuple[int, int] | None) -> int:
-    root = os.open(tree, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    chain.append(root)
-    elements = path.split("/")
-    if len(elements) > DEPTH_MAX:
+    if path.count("/") >= DEPTH_MAX:
         return ENAMETOOLONG
-    for depth in range(1, len(elements)):
-        chain.append(open_beneath(root, "/".join(elements[:depth]), O_PATH | os.O_DIRECTORY))
-    chain.append(open_beneath(root, path, O_PATH))
+    chain.append(os.open(tree, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    for element in path.split("/"):  # from each descriptor to the next: what is returned is the way that was gone
+        chain.append(open_beneath(chain[-1], element, O_PATH))
     found = os.fstat(chain[-1])
     if not stat.S_ISFIFO(found.st_mode):
         return ENOENT

@@ -4,10 +4,12 @@ A request that is not in the table for its sender's role and state is fatal for 
 `Monitor`, check every argument again; an argument that no honest sender could have sent raises `Violation`.
 """
 
+import os
 from enum import Enum
 from typing import NamedTuple
 
 from srpcd import ipc
+from srpcd.wire.limits import PATH_MAX
 
 
 class Violation(Exception):
@@ -35,7 +37,7 @@ class Rule(NamedTuple):
 
 
 REQUESTS: dict[type[ipc.Message], Rule] = {
-    ipc.Ready: Rule("gate", State.NEW, "ready"),
+    ipc.Ready: Rule("gate", State.NEW, "proved"),
     ipc.Taken: Rule("gate", State.SERVING, "taken"),
     ipc.Authenticate: Rule("gate", State.SERVING, "authenticate"),
     ipc.ForgetAfid: Rule("gate", State.SERVING, "forget_afid"),
@@ -64,6 +66,7 @@ def permitted(message: ipc.Message, role: str, state: State, local: bool) -> str
 
 def plain_path(path: str) -> str:
     """`path`, if it is one that a gate or worker makes from what a client said. Raises Violation."""
-    if len(path) > 2048 or (path and any(not each or each[0] == "." or "\0" in each for each in path.split("/"))):
+    elements = path.split("/") if path else []
+    if any(not each or each[0] == "." or "\0" in each for each in elements) or len(os.fsencode(path)) > PATH_MAX:
         raise Violation("a path that no client can have named")
     return path

@@ -14,39 +14,36 @@ from srpcd import ipc
 from srpcd.config import encode
 from srpcd.monitor import launch
 from srpcd.monitor.children import Gate
-from srpcd.monitor.connections import Connection, Counts, Peer, Place, accept
+from srpcd.monitor.connections import Connection, Counts, Peer, accept
 from srpcd.monitor.launch import Identity
-from srpcd.monitor.monitor import Monitor
+from srpcd.monitor.monitor import START_SECONDS, Monitor
 from srpcd.monitor.requests import State
 
 _UNTAKEN = 64
 """Connections that a gate has not yet taken; more wait in the listening socket."""
 _LOOK = 1.0
-"""Seconds between two looks at permissions and ages."""
+"""Seconds between two looks at permissions, ages and gates; four times as long as the look took, if that is longer."""
 _FIRST_PAUSE, _LONGEST_PAUSE, _GOOD_LIFE = 0.1, 1.0, 10.0
 """Seconds between the death of a gate and the next try, doubled each time unless it lived for `_GOOD_LIFE`."""
 
 
 class Front(NamedTuple):
-    """One kind of gate. kind: "tls" or "local". files: what it is given open, key and certificate."""
+    """One kind of gate. kind: "tls" or "local". identity: who it runs as. files: what it is given, key and certificate."""
 
     kind: str
+    identity: Identity
     listeners: list[socket.socket]
     files: tuple[int, ...]
 
 
 class Service:
-    """Runs gates before a monitor.
+    """Runs gates before a monitor. ready: called when all gates serve."""
 
-    gate: who gates are. ready: called once, when all gates serve.
-    """
-
-    def __init__(self, monitor: Monitor, fronts: list[Front], gate: Identity, ready: Callable[[], None]) -> None:
+    def __init__(self, monitor: Monitor, fronts: list[Front], ready: Callable[[], None]) -> None:
         self._monitor = monitor
         self._fronts = fronts
-        self._identity = gate
         self._ready = ready
-        self._counts = Counts(monitor.config.limits)
+        self._counts = {front.kind: Counts(monitor.config.limits) for front in fronts}
         self._numbers = count(1)
         self._gates: dict[str, Gate] = {}
         self._stop = asyncio.Event()
@@ -57,7 +54,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         keepers = [loop.create_task(self._keep(front)) for front in self._fronts]
-        keepers.append(loop.create_task(self._look_after()))
+        keepers += [loop.create_task(each) for each in (self._look_after(), self._revoke(), self._refresh())]
         stopped = loop.create_task(self._stop.wait())
         await asyncio.wait({stopped, *keepers}, return_when=asyncio.FIRST_COMPLETED)
         reason = "signal" if stopped.done() else "a fault of the daemon itself"
@@ -89,7 +86,12 @@ class Service:
         pause, log = _FIRST_PAUSE, self._monitor.log
         while True:
             started = time.monotonic()
-            gate = self._start(front)
+            try:
+                gate = self._start(front)
+            except OSError as fault:
+                log.event("error", "gate-restart", gate=front.kind, reason=str(fault), wait=f"{_LONGEST_PAUSE:g}s")
+                await asyncio.sleep(_LONGEST_PAUSE)
+                continue
             if await asyncio.shield(gate.proved):
                 if all(each.state is State.SERVING for each in self._gates.values()) and len(self._gates) == len(
                     self._fronts
@@ -106,13 +108,13 @@ class Service:
 
     def _start(self, front: Front) -> Gate:
         monitor = self._monitor
-        gate: Gate = monitor.start(Gate, front.kind, monitor.drop(self._identity, launch.GATE_LIMITS), front.kind)
-        gate.serve(next(self._numbers), front.kind, lambda: self._accept_again(front, gate))
+        gate: Gate = monitor.start(Gate, front.kind, monitor.drop(front.identity, launch.GATE_LIMITS), front.kind)
+        gate.begin(next(self._numbers), front.kind == "local")
+        gate.room = lambda: self._accept_again(front, gate)
         self._gates[front.kind] = gate
-        for fd in front.files:
-            os.lseek(fd, 0, os.SEEK_SET)
-        setup = ipc.GateSetup(*self._identity, monitor.personal, front.kind, encode(monitor.config))
-        gate.send(setup, front.files)
+        # Opened anew for each: one that was taken over could move the offset that it shares with its successor.
+        files = tuple(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC) for fd in front.files)
+        gate.send(ipc.GateSetup(*front.identity, monitor.personal, front.kind, encode(monitor.config)), files)
         return gate
 
     def _over(self, gate: Gate) -> None:
@@ -143,28 +145,38 @@ class Service:
 
     def _welcome(self, gate: Gate, sock: socket.socket, peer: Peer) -> None:
         monitor = self._monitor
-        limit = self._counts.refusal(peer.origin)
+        counts = self._counts[gate.name]
+        limit = counts.refusal(peer.origin)
         if monitor.personal and peer.identity is not None and peer.identity.uid not in (0, monitor.own.uid):
             limit = "this daemon serves the user who started it, and nobody else"
         if limit:
-            if gate.may_log():
+            if gate.quota.take():
                 monitor.log.event("warning", "limit", which=limit, peer=peer.name)
             return
         gate.last += 1
-        connection = Connection(gate, gate.last, peer, sock.dup(), Place(self._counts, peer.origin))
+        connection = Connection(gate, gate.last, peer, sock.dup(), counts)
         gate.connections[gate.last] = connection
-        gate.untaken.add(gate.last)
+        gate.untaken[gate.last] = time.monotonic()
         monitor.hang_ups.add(connection)
-        gate.send(ipc.Connection(connection.number, peer.name), (sock.fileno(),))
+        gate.send(ipc.Connection(connection.number, peer.name), (sock.detach(),))
         monitor.log.event("debug", "connection", state="accepted", conn=gate.last, gate=gate.name, peer=peer.name)
 
     async def _look_after(self) -> None:
-        monitor = self._monitor
-        refreshed = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK)
-            monitor.expire()
-            await monitor.revoke()
-            if time.monotonic() - refreshed > monitor.config.authentication.refresh:
-                await monitor.refresh()
-                refreshed = time.monotonic()
+            self._monitor.expire()
+            for gate in list(self._gates.values()):
+                since = min([gate.started] if gate.state is State.NEW else gate.untaken.values(), default=time.monotonic())
+                if time.monotonic() - since > START_SECONDS:
+                    gate.kill("does not do its work")
+
+    async def _revoke(self) -> None:
+        while True:
+            began = time.monotonic()
+            await self._monitor.revoke()
+            await asyncio.sleep(max(_LOOK, 4 * (time.monotonic() - began)))
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(self._monitor.config.authentication.refresh)
+            await self._monitor.refresh()

@@ -96,10 +96,16 @@ SESSIONS_MAX = 1024
 # --- one worker --------------------------------------------------------------------------------------------------------
 
 PROBING_MAX = 64
-"""Endpoints that are being probed for one worker: each is a process for a moment."""
+"""Endpoints to which one worker waits for a line."""
 
-DEPTH_MAX = 200
-"""Elements of a service endpoint's path: a probe hands over a descriptor for each, and a message takes 253 (unix(7))."""
+PROBES_MAX = 32
+"""Probes at once, an eighth of them for one uid: each is a process for a moment."""
+
+DEPTH_MAX = 24
+"""Elements of a service endpoint's path: the monitor holds a descriptor for each."""
+
+SERVERS_MAX = 16
+"""Processes that serve one endpoint: each has a line to each of its callers."""
 
 LINE_OUTSTANDING_MAX = 1024
 """Calls on one line that its handler has not answered, cancelled ones included: a handler that never answers does not

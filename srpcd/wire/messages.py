@@ -213,6 +213,7 @@ def decode(kind: type[M], body: bytes, seq: int = 0) -> M:
         _decoders[kind] = msgspec.json.Decoder(kind), wide
     decoder, wide = _decoders[kind]
     try:
+        body.decode()  # the decoder does not look at what it skips
         message = decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as fault:
         raise ProtocolError(EBADMSG, f"{kind.__name__.lower()}: {fault}"[:ERROR_MESSAGE_MAX], seq) from None

@@ -14,6 +14,7 @@ from srpcd.ipc import (
     STAT_HEAD,
     WALKED_BODY,
     Gate,
+    GateOver,
     Line,
     LineGone,
     LineOver,
@@ -70,11 +71,12 @@ class Known:
 
 
 class GateLink(Link):
-    """One gate: reads its requests. read, write: our ends of its two pipes, not blocking."""
+    """One gate: reads its requests. number: the monitor's. read, write: our ends of its two pipes, not blocking."""
 
-    __slots__ = ("_loop", "_over", "_peers", "_read", "_reader", "_stats", "_table", "_worker")
+    __slots__ = ("_loop", "_over", "_peers", "_read", "_reader", "_stats", "_table", "_worker", "number")
 
-    def __init__(self, worker: "Worker", read: int, write: int) -> None:
+    def __init__(self, worker: "Worker", number: int, read: int, write: int) -> None:
+        self.number = number
         self._worker = worker
         self._loop = worker.loop
         self._read = read
@@ -289,10 +291,15 @@ class Worker:
         if received is None:
             self._end()
         message, fds = received
+        if isinstance(message, Gate | GateOver):
+            for link in [each for each in self.calls.links if isinstance(each, GateLink) and each.number == message.gate]:
+                link.end()
+        if isinstance(message, GateOver):
+            return
         if isinstance(message, Gate) and len(fds) == 2:
             os.set_blocking(fds[0], False)
             os.set_blocking(fds[1], False)
-            self.calls.links.append(GateLink(self, fds[0], fds[1]))
+            self.calls.links.append(GateLink(self, message.gate, fds[0], fds[1]))
         elif isinstance(message, Line) and len(fds) == 2:
             os.set_blocking(fds[0], False)
             os.set_blocking(fds[1], False)

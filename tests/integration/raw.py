@@ -40,10 +40,10 @@ SECONDS = 10.0
 """How long an answer may take before a test fails: much longer than it does on a busy machine."""
 
 _CONNECT = """
-import socket, sys
-pair, sock = socket.socket(fileno=0), socket.socket(socket.AF_UNIX)
+import _socket, array, sys
+pair, sock = _socket.socket(fileno=0), _socket.socket(_socket.AF_UNIX)
 sock.connect(sys.argv[1])
-socket.send_fds(pair, [b"x"], [sock.fileno()])
+pair.sendmsg([b"x"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [sock.fileno()]))])
 """
 
 

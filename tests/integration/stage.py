@@ -66,11 +66,16 @@ def program(path: Path, text: str, mode: int = 0o755, group: str = "root") -> Pa
 
 
 @contextlib.contextmanager
-def service(daemon: realm.Daemon, *paths: str, user: str = "svc", group: str = "calc") -> Iterator[subprocess.Popen[bytes]]:
-    """A service process that announces `paths` (the last element says what it does: echo or slow) until the end."""
+def service(
+    daemon: realm.Daemon, *paths: str, user: str = "svc", group: str = "calc", code: str = ECHO_SERVICE
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A service process that announces `paths` (the last element says what it does: echo or slow) until the end.
+
+    code: another program, given the same arguments: the address, the group, the paths.
+    """
     address = f"unix:{daemon.local}"
     before = len(daemon.events("announce", outcome="granted"))
-    process = realm.popen_as(user, realm.python(ECHO_SERVICE, address, group, *paths))
+    process = realm.popen_as(user, realm.python(code, address, group, *paths))
     try:
         daemon.wait_event("announce", 10, before + len(paths), outcome="granted")
         yield process

@@ -44,6 +44,7 @@ PEOPLE = (
     Account("svc2"),
     Account("sysacct", uid=450, system=True),
     Account("_srpcd", shell="/usr/sbin/nologin", system=True, locked=True),
+    Account("_srpcl", shell="/usr/sbin/nologin", system=True, locked=True),
     Account("toor", uid=0, own_group=False),
 )
 """Their passwords are `password(name)`. Root and nobody have one of this kind too: a refusal is then about who they are."""

@@ -1,0 +1,104 @@
+"""Our own code in a fork, for a moment: for what may block or has to be tried as somebody else (accounts, probe, sweep)."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from weakref import WeakValueDictionary
+
+from srpcd import confine
+from srpcd.monitor.launch import Drop, become, fork, keep_only
+
+
+class Turns:
+    """Places for what costs root a process: so many in all, so many for one origin. Whoever finds none waits in line."""
+
+    def __init__(self, total: int, each: int) -> None:
+        self._each = each
+        self._all = asyncio.Semaphore(total)
+        self._origins: WeakValueDictionary[object, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, origin: object) -> AsyncIterator[None]:
+        """Hold a place."""
+        own = self._origins.setdefault(origin, asyncio.Semaphore(self._each))
+        async with own, self._all:
+            yield
+
+
+async def ask(work: Callable[[socket.socket], None], drop: Drop, seconds: float) -> tuple[bytes, list[int]]:
+    """What `work` sends from a fork that has become what `drop` says: bytes (none if it died), descriptors.
+
+    work: given the child's end of a SEQPACKET socket; everything else is closed, standard error too. The child is killed
+    when it has answered, or after `seconds`. Raises TimeoutError, OSError (no fork).
+    """
+    pid, pidfd, sock = _start(work, drop)
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(sock, readable.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await readable.wait()
+        data, ancillary, flags, _address = sock.recvmsg(256 * 1024, 4096, socket.MSG_CMSG_CLOEXEC)
+        fds = [fd for _level, _kind, content in ancillary for fd in memoryview(content).cast("i")]
+        return (b"" if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) else data), fds
+    finally:  # nothing here waits: whoever is cancelled leaves nothing behind
+        loop.remove_reader(sock)
+        sock.close()
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+        collect(pid)
+
+
+def _start(work: Callable[[socket.socket], None], drop: Drop) -> tuple[int, int, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+
+    def child() -> None:
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        keep_only([null, null, null, theirs.fileno()], inheritable=False)
+        confine.make_undumpable()
+        become(drop, parent)
+        confine.make_undumpable()  # once more: a change of ids sets it anew (fs.suid_dumpable)
+        if drop.identity and (os.getresuid(), os.getresgid()) != ((drop.identity.uid,) * 3, (drop.identity.gid,) * 3):
+            raise PermissionError("the drop did not take place")
+        work(socket.socket(fileno=os.dup(3)))
+
+    try:
+        with theirs:
+            pid, pidfd = fork(child)
+    except OSError:
+        ours.close()
+        raise
+    ours.setblocking(False)
+    return pid, pidfd, ours
+
+
+def collect(pid: int, pause: float = 0.005) -> None:
+    """Take a dead child off the process table. Never waits: a tracer can hold a zombie back for as long as it likes."""
+    with suppress(ChildProcessError):
+        if os.waitpid(pid, os.WNOHANG) == (0, 0):
+            asyncio.get_running_loop().call_later(pause, collect, pid, min(pause * 2, 1.0))
+
+
+async def sweep_session(session: int) -> None:
+    """Kill what a worker that died left running: all processes of its session.
+
+    The number can't have been given to somebody else meanwhile: the kernel keeps it for as long as it names a session.
+    """
+    with suppress(OSError, TimeoutError):
+        await ask(lambda _end: _sweep(session), Drop(None, {}), 10.0)
+
+
+def _sweep(session: int) -> None:
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError, IndexError):
+            pidfd = os.pidfd_open(int(name))  # closed with this process
+            with open(f"/proc/{name}/stat", "rb") as file:  # read after the pidfd: it is this process or none
+                fields = file.read().rpartition(b")")[2].split()
+            if int(fields[3]) == session and fields[0] != b"Z":
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
