@@ -19,8 +19,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MONITOR_LINES = 900
-"""Lines of code (no blank ones, no comments, no docstrings) of the monitor: what can be reviewed in one sitting."""
+MONITOR_LINES = 1700
+"""Lines of code (no blank ones, no comments, no docstrings) of all that runs as root, its children included. The design
+hopes for 900; nothing may be added without taking something out."""
 
 
 class Row(NamedTuple):

@@ -173,7 +173,7 @@ class Monitor:
         if message.afid in connection.afids or message.mechanism not in self._pam:
             raise Violation("an afid twice, or a mechanism that there is none of")
         if len(connection.afids) >= AFIDS_MAX or connection.authenticating or connection.failures >= FAILURES_MAX:
-            text = "one authentication at a time on a connection, and a bounded number of afids"
+            text = "one authentication at a time on a connection, and a bounded number of afids and failures"
             gate.send(ipc.Verdict(message.conn, message.afid, EAGAIN, text))
             return
         afid = connection.afids[message.afid] = Afid(message.uname, plain_path(message.aname))
@@ -203,7 +203,8 @@ class Monitor:
         except Denied as denied:
             errno, told, reason = denied.errno, denied.message, denied.message
         finally:
-            connection.authenticating = None
+            if connection.authenticating is afid:  # and not the next one's, after this one was clunked
+                connection.authenticating = None
             aname = "/" + afid.aname
             self._told("authentication", connection, errno, "accepted", user=user, mechanism=message.mechanism, aname=aname,
                        reason=reason or None)  # fmt: skip
@@ -269,8 +270,10 @@ class Monitor:
     def forget_afid(self, gate: Gate, message: ipc.ForgetAfid) -> None:
         connection = self.connection(gate, message.conn)
         afid = connection.afids.pop(message.afid, None) if connection else None
-        if afid and afid.task:
+        if connection and afid and afid.task:
             afid.task.cancel()
+            if connection.authenticating is afid:
+                connection.authenticating = None
 
     # --- sessions and workers ------------------------------------------------------------------------------------------
 

@@ -150,9 +150,10 @@ result = first[24:], attempt(lambda: os.read(read, 4096))
     process = realm.popen_as("svc", realm.python(WATCHED, f"unix:{daemon.local}"))
     try:
         daemon.wait_event("announce", 10, before + 1, outcome="granted")
-        first, second = run(alice, code)  # type: ignore[misc]
-        assert first == b"alice honest"
-        assert b"root" not in second
+        found = run(alice, code)
+        assert isinstance(found, tuple)
+        assert found[0] == b"alice honest"
+        assert b"root" not in found[1]
     finally:
         process.kill()
         realm.finish(process)

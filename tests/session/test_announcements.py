@@ -5,9 +5,9 @@ from errno import EBADF, EBUSY, ECANCELED, EEXIST, EINVAL, EISDIR, ENOENT, EOPNO
 import pytest
 
 from srpcd.session import effects
-from srpcd.session.fids import LINES_MAX
 from srpcd.wire import frames, messages
 from srpcd.wire.frames import ANNOUNCE, CLUNK, ERROR, LISTEN, LISTEN_REPLY
+from srpcd.wire.limits import LINES_MAX
 from tests.session.peer import Peer
 
 

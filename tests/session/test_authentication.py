@@ -5,7 +5,7 @@ from errno import EACCES, EAGAIN, EBADF, ECANCELED, EEXIST, EINVAL, EOPNOTSUPP, 
 import pytest
 
 from srpcd.session import effects
-from srpcd.session.fids import HELD_MAX, MAXIMA, Afid
+from srpcd.session.fids import MAXIMA, Afid
 from srpcd.wire import frames, limits, messages
 from srpcd.wire.frames import APPEND, ATTACH, AUTH, CLUNK, ERROR
 from srpcd.wire.messages import Prompt
@@ -97,7 +97,9 @@ def test_prompts_that_nobody_waits_for_come_with_the_next_reply() -> None:
     assert peer.answer() == {"data": "", "prompts": [{"style": "text", "text": "Code:"}]}
 
 
-@pytest.mark.parametrize("prompts", [[Prompt("secret", "x")] * 100, [Prompt("info", "\x01" * HELD_MAX)] * 2 + [SECRET]])
+@pytest.mark.parametrize(
+    "prompts", [[Prompt("secret", "x")] * 100, [Prompt("info", "\x01" * limits.HELD_MAX)] * 2 + [SECRET]]
+)
 def test_prompts_beyond_all_measure_are_dropped_and_the_reply_fits(prompts: list[Prompt]) -> None:
     peer = Peer()
     peer.session.prompted(begin(peer), prompts)

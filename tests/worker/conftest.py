@@ -241,7 +241,7 @@ class Bench:
         """Another gate."""
         their_read, write = os.pipe()
         read, their_write = os.pipe()
-        self.send(ipc.Gate(1), their_read, their_write)
+        self.send(ipc.Gate(len(self.peers) + 1), their_read, their_write)
         gate = Gate(read, write)
         self.peers.append(gate)
         return gate
