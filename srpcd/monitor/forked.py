@@ -84,21 +84,21 @@ def collect(pid: int, pause: float = 0.005) -> None:
             asyncio.get_running_loop().call_later(pause, collect, pid, min(pause * 2, 1.0))
 
 
-async def sweep_session(session: int) -> None:
-    """Kill what a worker that died left running: all processes of its session.
+async def sweep_sessions(sessions: set[int]) -> None:
+    """Kill what workers that ended left running: all processes of their sessions.
 
-    The number can't have been given to somebody else meanwhile: the kernel keeps it for as long as it names a session.
+    A number can't have been given to somebody else meanwhile: the kernel keeps it for as long as it names a session.
     """
     with suppress(OSError, TimeoutError):
-        await ask(lambda _end: _sweep(session), Drop(None, {}), 10.0)
+        await ask(lambda _end: _sweep(sessions), Drop(None, {}), 10.0)
 
 
-def _sweep(session: int) -> None:
+def _sweep(sessions: set[int]) -> None:
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError, IndexError):
             pidfd = os.pidfd_open(int(name))  # closed with this process
             with open(f"/proc/{name}/stat", "rb") as file:  # read after the pidfd: it is this process or none
                 fields = file.read().rpartition(b")")[2].split()
-            if int(fields[3]) == session and fields[0] != b"Z":
+            if int(fields[3]) in sessions and fields[0] != b"Z":
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)

@@ -56,14 +56,17 @@ class Identity(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """What a child becomes. identity: None stays who it is (personal mode; the authentication child).
+    """What a child becomes.
 
-    no_new_privs: False only for the authentication child of a personal daemon, whose PAM needs the set-gid `unix_chkpwd`.
+    identity: None stays who it is (personal mode; the authentication child). no_new_privs: False only for the
+    authentication child of a personal daemon, whose PAM needs the set-gid `unix_chkpwd`. death_signal: what it gets when
+    the monitor dies.
     """
 
     identity: Identity | None
     limits: dict[int, int]
     no_new_privs: bool = True
+    death_signal: int = signal.SIGKILL
 
 
 def launch_table(code: str, libraries: list[str]) -> Table:
@@ -128,7 +131,7 @@ def become(drop: Drop, parent: int) -> None:
         os.setgroups(groups)  # groups and gid take CAP_SETGID, so before the uid goes too
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)  # from 0 to another uid: the kernel empties permitted, effective and ambient
-    confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)  # after setresuid, which clears it
+    confine.prctl(confine.PR_SET_PDEATHSIG, drop.death_signal)  # after setresuid, which clears it
     if os.getppid() != parent:  # the monitor died before the line above
         raise ProcessLookupError("the monitor is gone")
     if drop.no_new_privs:

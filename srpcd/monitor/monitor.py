@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from errno import EACCES, EAGAIN, ECONNRESET, EKEYEXPIRED, EOPNOTSUPP, EPERM, ETIMEDOUT
 from itertools import count
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
 from srpcd import ipc
@@ -21,7 +22,7 @@ from srpcd.monitor import accounts, authentication, launch
 from srpcd.monitor.authentication import Afid, PamChild
 from srpcd.monitor.children import Child, Gate, Session, Worker
 from srpcd.monitor.connections import Connection, HangUps
-from srpcd.monitor.forked import Turns, sweep_session
+from srpcd.monitor.forked import Turns, sweep_sessions
 from srpcd.monitor.launch import Drop, Identity
 from srpcd.monitor.lines import Announcement, Endpoint, Register
 from srpcd.monitor.probe import Proof, probe
@@ -72,6 +73,8 @@ class Monitor:
         self.children: set[Child] = set()
         self.hang_ups = HangUps(self.connection_over)
         self._numbers = count(1)
+        self._dead: set[int] = set()  # sessions of workers that have ended, to be swept
+        self._sweep: asyncio.Task[None] | None = None
         self._failures = authentication.Failures()
         # Those whom the kernel vouches for do not wait behind strangers who type no password.
         self._pam = {each: Turns(PAM_CHILDREN_MAX, PAM_CHILDREN_MAX // 2) for each in ("pam", "peer")}
@@ -93,9 +96,9 @@ class Monitor:
         child.gone.add_done_callback(lambda _: self.children.discard(child))
         return child
 
-    def drop(self, identity: Identity, limits: dict[int, int] | None = None) -> Drop:
+    def drop(self, identity: Identity, limits: dict[int, int] | None = None, death_signal: int = SIGKILL) -> Drop:
         """How to become somebody; in personal mode everybody is the daemon's own user already."""
-        return Drop(None if self.personal else identity, limits or {})
+        return Drop(None if self.personal else identity, limits or {}, death_signal=death_signal)
 
     def proved(self, child: Child, _message: ipc.Message) -> None:
         child.serving()
@@ -375,7 +378,7 @@ class Monitor:
         if len(self.workers) >= limits.workers:
             raise Denied(EAGAIN, "the daemon has as many workers as it may have")
         try:
-            drop = self.drop(account.identity, launch.WORKER_LIMITS)
+            drop = self.drop(account.identity, launch.WORKER_LIMITS, SIGTERM)  # at which it ends its programs, and itself
             worker: Worker = self.start(Worker, account.name, drop, account.name)
         except OSError as fault:
             raise Denied(EAGAIN, f"no new process: {fault.strerror}") from None
@@ -432,9 +435,14 @@ class Monitor:
             self.register.end_line(number)
         for endpoint in list(worker.endpoints):
             self._forget_caller(worker, endpoint)
-        if worker.gone.result() != 0:
-            task = asyncio.get_running_loop().create_task(sweep_session(worker.pid))
-            worker.tasks.add(task)  # held until it is done
+        self._dead.add(worker.pid)
+        if self._sweep is None or self._sweep.done():
+            self._sweep = asyncio.get_running_loop().create_task(self._sweep_dead())
+
+    async def _sweep_dead(self) -> None:
+        while self._dead:
+            dead, self._dead = self._dead, set()
+            await sweep_sessions(dead)
 
     def _forget_caller(self, worker: Worker, endpoint: Endpoint[Worker]) -> None:
         worker.endpoints.discard(endpoint)
@@ -579,8 +587,7 @@ class Monitor:
             if not endpoint.chain or endpoint.key not in self.register.endpoints:
                 continue
             found = endpoint.attributes()  # before the probes, so that what changes meanwhile is seen the next time
-            if endpoint.seen is None or endpoint.seen == found:
-                endpoint.seen = found
+            if endpoint.seen == found:  # None at first: what changed since its first probe is not known
                 continue
             tried = True
             for worker in list(endpoint.callers):
@@ -625,6 +632,8 @@ class Monitor:
             with suppress(TimeoutError):
                 async with asyncio.timeout(2.0):
                     await asyncio.gather(*(asyncio.shield(child.gone) for child in self.children))
+        if self._sweep is not None:
+            await self._sweep
         asyncio.get_running_loop().remove_reader(self.register.inotify)
         self.hang_ups.close()
         self.register.close()

@@ -14,6 +14,7 @@ def main() -> None:
     from srpcd import confine  # noqa: PLC0415
 
     confine.make_undumpable()  # first: until then other processes of this user could trace it
+    import _signal  # type: ignore[import-not-found]  # noqa: PLC0415  what `signal` wraps, at a cost
     import os  # noqa: PLC0415
     from _socket import socket  # noqa: PLC0415
 
@@ -31,6 +32,7 @@ def main() -> None:
         raise ipc.MessageError(f"{type(setup).__name__} in the place of WorkerSetup")
     confine.prove(setup.uid, setup.gid, setup.groups, setup.personal)
     worker = Worker(setup, sock, _PIPE)
+    _signal.signal(_signal.SIGTERM, worker.terminated)
     worker.tell(ipc.Proved())
     worker.run()
 

@@ -218,6 +218,10 @@ class Worker:
         self.loop.watch(sock.fileno(), EPOLLIN, self._monitor_ready)
         self.loop.watch(pipe, 0, self._pipe_ready)
 
+    def terminated(self, _number: int, _frame: object) -> None:
+        """SIGTERM: the monitor has died (it is the parent death signal). End, and the programs too."""
+        self._end()
+
     def run(self) -> "NoReturn":
         """Serve until the monitor is gone."""
         while True:

@@ -207,11 +207,11 @@ def test_a_line_that_it_keeps_after_the_right_was_taken_away_is_of_no_use_for_lo
     ],
 )
 def test_a_request_that_no_honest_worker_makes_ends_it(daemon: realm.Daemon, message: str) -> None:
-    kills = len(daemon.events("process-kill", role="worker"))
+    kills = len(daemon.events("process-kill", role="worker", name="alice"))
     with stage.dial(daemon, "alice") as connection:
         with pytest.raises(OSError, match="ECONNRESET"):
             run(connection, f"tell({message}); time.sleep(5)")
-        assert "violation" in daemon.wait_event("process-kill", count=kills + 1, role="worker")["reason"]
+        assert "violation" in daemon.wait_event("process-kill", count=kills + 1, role="worker", name="alice")["reason"]
         assert run(connection, "result = 'another one'") == "another one"
 
 

@@ -70,6 +70,8 @@ async def several(what, numbers):
         await what(number)
 
 async def main():
+    async with await srpc_client.dial(address) as connection:  # so that each endpoint has its line in any case
+        await connection.call("/open/slow", b"0")
     one, two = iter(range(rounds)), iter(range(rude))
     await asyncio.gather(*(several(polite, one) for _ in range(6)), *(several(impolite, two) for _ in range(2)))
 
@@ -84,6 +86,12 @@ async def slow(request):
     await asyncio.sleep(float(request.payload))
 
 asyncio.run(serve({"/open/echo": lambda request: request.payload, "/open/slow": slow}, address=sys.argv[1], mode=0o666))
+"""
+
+PASSING = """
+import asyncio, sys
+from srpc_client import serve
+asyncio.run(serve({sys.argv[3]: lambda request: request.payload}, address=sys.argv[1], mode=0o666))
 """
 
 ANNOUNCER = """
@@ -179,14 +187,14 @@ def check(daemon: realm.Daemon, before: State) -> None:
 
 
 def rounds(daemon: realm.Daemon, count: int) -> None:
-    """As alice, from here, as often; half as many again that end in the middle of something; and a few of bob's over TLS."""
+    """Of alice so many, an eighth as many again that end in the middle of something, and a few of bob over TLS."""
     process = realm.popen_as(
         "alice",
-        realm.python(CALLER, f"unix:{daemon.local}", "alice", str(count), str(count // 2)),
+        realm.python(CALLER, f"unix:{daemon.local}", "alice", str(count), str(count // 8)),
         stderr=subprocess.PIPE,
     )
     try:
-        asyncio.run(_by_tls(daemon, count // 20))
+        asyncio.run(_by_tls(daemon, max(1, count // 25)))
         _stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr.decode()
     finally:
@@ -199,6 +207,7 @@ async def _by_tls(daemon: realm.Daemon, count: int) -> None:
             daemon.address, pins=daemon.pin, user="bob", password=realm.password("bob")
         ) as connection:
             assert await connection.call("/open/echo", b"bob") == b"bob"
+            assert await connection.call("/open/slow", b"0") == b""
             if number % 3 == 0:
                 call = asyncio.create_task(connection.call("/open/slow", b"60"))
                 await asyncio.sleep(0.005)
@@ -243,6 +252,16 @@ def test_announcements_leave_nothing(daemon: realm.Daemon) -> None:
     assert sorted(daemon.tree.rglob("*")) == tree
     assert not daemon.events("process-kill")
     assert not daemon.events("child-output")
+
+
+def test_an_endpoint_that_is_removed_right_after_its_first_call_is_let_go_of(daemon: realm.Daemon) -> None:
+    with stage.dial(daemon, "alice") as alice:
+        assert alice.call("/open/echo", b"") == b""
+        before = settled(daemon)
+        with stage.service(daemon, "/open/passing", code=PASSING):
+            assert alice.call("/open/passing", b"x") == b"x"
+            (daemon.tree / "open/passing").unlink()
+        check(daemon, before)
 
 
 def announcements(daemon: realm.Daemon, count: int) -> None:
