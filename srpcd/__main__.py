@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import fcntl
 import os
 import pwd
 import resource
@@ -56,6 +57,9 @@ def main(arguments: list[str] | None = None, table: Table | None = None) -> int:
     except (StartFault, OSError) as fault:
         log.event("error", "stop", reason=str(fault))
         return 1
+    except Exception as fault:
+        log.event("error", "stop", reason=f"a fault of the daemon itself: {fault!r}")
+        raise
     return 0
 
 
@@ -141,6 +145,11 @@ def _prepare(config: Config, own: Identity, personal: bool) -> None:
             f"paths.runtime: {config.paths.runtime} must belong to uid {own.uid} and be writable for nobody else "
             f"(it belongs to uid {runtime.st_uid}, mode {stat.S_IMODE(runtime.st_mode):o})"
         )
+    lock = os.open(config.paths.runtime, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # held until the daemon ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StartFault(f"paths.runtime: another daemon runs in {config.paths.runtime}") from None
     if not personal:
         os.chmod(config.paths.runtime, 0o755)  # noqa: S103  everybody may connect; what is in it has modes of its own
 

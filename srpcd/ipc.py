@@ -221,12 +221,12 @@ class Verdict(Message):
 
 class Attached(Message):
     """An attach or a resume is granted. With two descriptors, (read from worker, write to worker), where the gate does
-    not have this worker yet; without any where it does."""
+    not have them yet; without any where it does. link: the number of this pair of pipes."""
 
     conn: int
     request: int
     session: int
-    worker: int
+    link: int
 
 
 class Refused(Message):
@@ -310,12 +310,12 @@ class Attach(Message):
 
 
 class Resume(Message):
-    """The worker of a session has died, or its pipes have: others, please (Attached or Refused). worker: the one it was."""
+    """The worker of a session has died, or its pipes have: others, please (Attached or Refused). link: the pipes it had."""
 
     conn: int
     request: int
     session: int
-    worker: int
+    link: int
 
 
 class Detach(Message):

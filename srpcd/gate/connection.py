@@ -277,11 +277,12 @@ class Connection:
         self._conversations.close(afid)
         self.session.verdict(afid, errno, message)
 
-    def attached(self, request: int, session: int, link: Link | None) -> None:
+    def attached(self, request: int, session: int, link: Link | None, number: int) -> None:
         """An attach, or a resume, is granted."""
-        route = self._resumes.pop(request, None)
-        if route is None:
-            route = self._routes.setdefault(session, Route(session))
+        resumed = self._resumes.pop(request, None)
+        route = resumed or self._routes.setdefault(session, Route(session))
+        route.number = number
+        if resumed is None:
             if not route.resuming:
                 route.link = link
             self.session.attached(request, session)
@@ -347,8 +348,7 @@ class Connection:
         if self._stage is Stage.OPEN:
             self._resume_number += 1
             self._resumes[self._resume_number] = route
-            worker = route.link.worker if route.link else 0
-            self._gate.channel.send(ipc.Resume(self.number, self._resume_number, route.session, worker))
+            self._gate.channel.send(ipc.Resume(self.number, self._resume_number, route.session, route.number))
 
     def _unwait(self, route: Route) -> list[Forward]:
         """What waits on a route, which waits no more."""

@@ -18,6 +18,8 @@ from srpcd.gate.routes import Link
 from srpcd.gate.tls import Plain, Tls
 from srpcd.session.session import Session
 
+WORKER_MARGIN = 5.0
+"""Seconds after `limits.call_timeout`, which the worker keeps itself, after which a gate gives a silent worker up."""
 DRAIN_CHECK = 0.05
 """Seconds between two looks at whether everything has been answered."""
 
@@ -52,8 +54,8 @@ class Gate:
 
     def link_died(self, link: Link) -> None:
         """A worker is gone."""
-        if self.links.get(link.worker) is link:
-            del self.links[link.worker]
+        if self.links.get(link.number) is link:
+            del self.links[link.number]
 
     # --- what the monitor says -----------------------------------------------------------------------------------------
 
@@ -63,7 +65,7 @@ class Gate:
         elif isinstance(message, ipc.Drain):
             self._drain(message.milliseconds / 1000)
         else:
-            link = self._link(message.worker, fds) if isinstance(message, ipc.Attached) else None
+            link = self._link(message.link, fds) if isinstance(message, ipc.Attached) else None
             connection = self.connections.get(getattr(message, "conn", -1))
             if connection is None:
                 if not isinstance(message, ipc.Attached):
@@ -89,16 +91,11 @@ class Gate:
         self.connections[message.conn] = connection
         connection.start()
 
-    def _link(self, worker: int, fds: list[int]) -> Link | None:
-        """The link to a worker, made if its pipes came with the message."""
-        link = self.links.get(worker)
+    def _link(self, number: int, fds: list[int]) -> Link | None:
+        """A link to a worker, made if its pipes came with the message; None if it has died."""
         if len(fds) == 2:
-            if link is not None:
-                link.die()  # the monitor has ended it, or takes it for dead
-            link = self.links[worker] = Link(self, worker, *fds)
-        else:
-            ipc.close_all(fds)
-        return link
+            self.links[number] = Link(self, number, *fds)
+        return self.links.get(number)
 
     def _congestion_changed(self) -> None:
         for connection in list(self.connections.values()):
@@ -111,7 +108,7 @@ class Gate:
         for connection in list(self.connections.values()):
             connection.check(now)
         for link in list(self.links.values()):
-            link.check(now, self.limits.stall)
+            link.check(now, self.limits.stall, self.limits.call_timeout + WORKER_MARGIN)
         self.loop.call_later(self._interval, self._check)
 
     def _drain(self, seconds: float) -> None:
@@ -147,7 +144,7 @@ class Gate:
 _RESULTS: dict[type[ipc.Message], Callable[[Connection, Any, Link | None, list[int]], None]] = {
     ipc.Conversation: lambda c, m, _link, fds: c.conversing(m.afid, fds),
     ipc.Verdict: lambda c, m, _link, _fds: c.verdict(m.afid, m.errno, m.message),
-    ipc.Attached: lambda c, m, link, _fds: c.attached(m.request, m.session, link),
+    ipc.Attached: lambda c, m, link, _fds: c.attached(m.request, m.session, link, m.link),
     ipc.Refused: lambda c, m, _link, _fds: c.refused(m.request, m.errno, m.message),
     ipc.SessionOver: lambda c, m, _link, _fds: c.over(m.session),
     ipc.Announced: lambda c, m, _link, _fds: c.session.announced(m.request, m.announcement, m.warning),

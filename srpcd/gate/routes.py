@@ -33,14 +33,14 @@ class LinkBroken(Exception):
 
 
 class Link:
-    """The pipes to one worker.
+    """A pair of pipes to a worker, with the number that the monitor gave it.
 
     dead: it is gone. congested: too much waits for the worker, so those who feed it are not read for.
     users: connections that were opened on it.
     """
 
-    def __init__(self, gate: "Gate", worker: int, read: int, write: int) -> None:
-        self.worker = worker
+    def __init__(self, gate: "Gate", number: int, read: int, write: int) -> None:
+        self.number = number
         self.dead = False
         self.congested = False
         self.users: set[Connection] = set()
@@ -50,6 +50,7 @@ class Link:
         self._write = write
         self._reader = FrameReader(ipc.FROM_WORKER)
         self._pending: dict[int, tuple[Connection, Forward]] = {}
+        self._oldest, self._oldest_since = 0, 0.0
         self._tag = 0  # never used twice, so an answer can't be taken for another
         self._out: list[bytes] = []
         self._out_size = 0
@@ -132,9 +133,13 @@ class Link:
             self._backlog.add(memoryview(data)[written:], now)
             self._loop.add_writer(self._write, self._writable)
 
-    def check(self, now: float, stall: float) -> None:
-        """Give up on a worker that takes nothing for `stall` seconds."""
-        if self._backlog.size and now - self._backlog.since > stall:
+    def check(self, now: float, stall: float, patience: float) -> None:
+        """Give up on a worker that takes nothing for `stall` seconds, or leaves its oldest request alone for `patience`."""
+        oldest = next(iter(self._pending), 0)
+        if oldest != self._oldest:
+            self._oldest, self._oldest_since = oldest, now
+        hung = oldest and now - self._oldest_since > patience and not self._holders
+        if hung or (self._backlog.size and now - self._backlog.since > stall):
             self.die()
 
     def _put(self, data: bytes) -> None:
@@ -254,17 +259,18 @@ class Link:
 
 
 class Route:
-    """Where the requests of one session go.
+    """Where the requests of one session go. number: of the link, also of one that has died.
 
     waiting: requests that wait for another worker in the place of one that died.
     resuming: whether the monitor was asked for one. attempts: how often it has named one that is dead too.
     """
 
-    __slots__ = ("attempts", "link", "resuming", "session", "waiting")
+    __slots__ = ("attempts", "link", "number", "resuming", "session", "waiting")
 
     def __init__(self, session: int) -> None:
         self.session = session
         self.link: Link | None = None
+        self.number = 0
         self.resuming = False
         self.attempts = 0
         self.waiting: list[Forward] = []

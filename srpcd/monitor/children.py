@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _PACKETS = 64
 """Messages of one child that are handled before others get their turn."""
-_UNREAD_MAX = 4096
-"""Messages that wait for a child that does not read; one more ends it."""
+_UNREAD_MAX, _UNREAD_SECONDS = 1024, 2.0
+"""Messages that wait for a child, and seconds in which it has read none: one more message ends it."""
 _LINES_PER_SECOND = 20
 """What may be written into the log on behalf of one child or connection."""
 
@@ -65,6 +65,7 @@ class Child:
         self._spawned = spawned
         self._log = log
         self._handle = handle
+        self._progress = 0.0
         self._unread: deque[tuple[ipc.Message, tuple[int, ...]]] = deque()
         loop.add_reader(spawned.requests, self._requests_ready)
         loop.add_reader(spawned.errors, self._errors_ready)
@@ -73,10 +74,14 @@ class Child:
 
     def send(self, message: ipc.Message, fds: tuple[int, ...] = ()) -> None:
         """Send without blocking, and close the descriptors here. A child that does not read for long is killed."""
+        if self.state is State.DONE:
+            ipc.close_all(fds)
+            return
         self._unread.append((message, fds))
         if len(self._unread) == 1:
+            self._progress = time.monotonic()
             self._send_unread()
-        elif len(self._unread) > _UNREAD_MAX:
+        elif len(self._unread) > _UNREAD_MAX and time.monotonic() - self._progress > _UNREAD_SECONDS:
             self.kill("does not read what it is sent")
 
     def _send_unread(self) -> None:
@@ -91,6 +96,7 @@ class Child:
             except OSError:  # it is about to end, or told to
                 self.kill("")
             self._unread.popleft()
+            self._progress = time.monotonic()
             ipc.close_all(fds)
         if not self.gone.done():
             loop.remove_writer(self._spawned.socket)
@@ -193,10 +199,10 @@ class Worker(Child):
 
     role = "worker"
 
-    def begin(self, number: int, identity: Identity, user: str) -> None:
+    def begin(self, identity: Identity, user: str) -> None:
         """Say whose it is."""
-        self.number, self.identity, self.user = number, identity, user
-        self.gates: set[Gate] = set()
+        self.identity, self.user = identity, user
+        self.gates: dict[Gate, int] = {}  # with the number of the pipes between them
         self.connections: set[Connection] = set()
         self.endpoints: set[Endpoint[Worker]] = set()
         self.lines = self.waiting = 0

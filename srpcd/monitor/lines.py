@@ -127,10 +127,11 @@ class Register(Generic[W]):
 
     def release(self, endpoint: Endpoint[W]) -> None:
         """Forget an endpoint that has neither servers nor callers."""
-        if not endpoint.servers and not endpoint.callers and endpoint.key in self.endpoints:
+        if not endpoint.servers and not endpoint.callers and self.endpoints.get(endpoint.key) is endpoint:
             del self.endpoints[endpoint.key]
             self._held[endpoint.owner] -= len(endpoint.chain)
             ipc.close_all(endpoint.chain)
+            endpoint.chain = []  # whoever holds it still must not take the numbers for descriptors
 
     def missing(self, endpoint: Endpoint[W], worker: W) -> Iterable[Announcement]:
         """The servers of an endpoint to which a worker has no line."""

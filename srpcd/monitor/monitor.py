@@ -189,17 +189,20 @@ class Monitor:
         try:
             if not by_password and connection.identity is None:
                 raise Denied(EOPNOTSUPP, "the mechanism peer is for the local socket")
-            async with self._failures.attempt((user, connection.origin if by_password else "")) as attempt:
-                attempt.begun = by_password
-                connection.failures += by_password
-                outcome = await self._converse(connection, message)
-                reason, answered = outcome.reason, outcome.answered
-                if not outcome.errno:
+            async with self._failures.attempt((user, connection.origin)) as attempt:
+                attempt.begun = True
+                connection.failures += 1
+                if not by_password:  # who it is not can be told without PAM
                     reason = self._policy(await self._look_up(user), connection, message.mechanism)
-                    attempt.accepted = not reason
+                if by_password or not reason:
+                    outcome = await self._converse(connection, message)
+                    reason, answered = outcome.reason, outcome.answered
+                    if not outcome.errno:
+                        reason = self._policy(await self._look_up(user), connection, message.mechanism)
                 if not reason:
+                    attempt.accepted = True
                     errno, told = 0, ""
-                    connection.failures -= by_password
+                    connection.failures -= 1
             if errno and by_password:
                 step = self.config.authentication.refusal
                 await asyncio.sleep(authentication.deadline(answered / 1e9, step) - time.monotonic())
@@ -211,8 +214,8 @@ class Monitor:
             aname = "/" + afid.aname
             self._told("authentication", connection, errno, "accepted", user=user, mechanism=message.mechanism, aname=aname,
                        reason=reason or None)  # fmt: skip
-            if errno:
-                connection.afids.pop(message.afid, None)
+            if errno and connection.afids.get(message.afid) is afid:
+                del connection.afids[message.afid]
             if connection.failures >= FAILURES_MAX:
                 self.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
                 asyncio.get_running_loop().call_later(1.0, self.connection_over, connection)  # after the last answer
@@ -302,7 +305,7 @@ class Monitor:
         if session is None or session.expires < time.monotonic():
             gate.send(ipc.Refused(message.conn, message.request, EKEYEXPIRED, ""))
         else:
-            ticket = (message.session, session.expires, message.worker)
+            ticket = (message.session, session.expires, message.link)
             self._grant(connection, message.request, session.user, "", ticket)
 
     def detach(self, gate: Gate, message: ipc.Detach) -> None:
@@ -311,21 +314,22 @@ class Monitor:
             self._end_session(connection, message.session)
 
     def _grant(self, connection: Connection, request: int, user: str, aname: str, ticket: tuple[int, float, int]) -> None:
-        """Answer an attach or resume. ticket: the session's number, when it expires, the worker that the gate has lost."""
+        """Answer an attach or resume. ticket: the session's number, when it expires, the link that the gate has lost."""
         number, expires, lost = ticket
 
         async def grant() -> None:
             gate, errno, text = connection.gate, 0, ""
             try:
+                old = connection.sessions.get(number)
+                if old is not None and old.worker.gates.get(gate) == lost:
+                    old.worker.kill("a gate has given it up")  # it lives, but does not answer
                 worker = await self._worker(connection, user)
                 if connection.over:
                     return
                 self._end_session(connection, number)  # of a resume: it may have been another worker's
                 connection.sessions[number] = Session(user, worker, expires)
                 worker.connections.add(connection)
-                if worker.number == lost:
-                    worker.gates.discard(gate)  # it lives, but its pipes to this gate do not
-                self._link(gate, worker, ipc.Attached(connection.number, request, number, worker.number))
+                self._link(gate, worker, connection.number, request, number)
             except Denied as denied:
                 errno, text = denied.errno, denied.message
                 gate.send(ipc.Refused(connection.number, request, errno, text))
@@ -347,7 +351,7 @@ class Monitor:
         worker, gate = session.worker, connection.gate
         worker.connections.discard(connection)
         if gate in worker.gates and all(each.gate is not gate for each in worker.connections):
-            worker.gates.discard(gate)
+            del worker.gates[gate]
             worker.send(ipc.GateOver(gate.number))
         if not worker.connections:
             self._idle(worker)
@@ -360,18 +364,17 @@ class Monitor:
             raise Denied(EACCES, reason)
         if self.personal:  # what the process has may be more or less than what the account would get today
             account = account._replace(identity=self.own)
-        worker = self.workers.get(account.identity)
-        if worker is None or worker.state is State.DONE:
-            worker = self._start_worker(account)
-        try:
-            async with asyncio.timeout(START_SECONDS):
-                proved = await asyncio.shield(worker.proved)
-        except TimeoutError:
-            worker.kill("did not start in time")
-            proved = False
-        if not proved or worker.state is State.DONE:
-            raise Denied(ECONNRESET, "the worker could not be started: the daemon's log says why")
-        return worker
+        for _ in range(2):  # the first may be about to end, idle
+            worker = self.workers.get(account.identity)
+            if worker is None or worker.state is State.DONE:
+                worker = self._start_worker(account)
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    if await asyncio.shield(worker.proved) and worker.state is not State.DONE:
+                        return worker
+            except TimeoutError:
+                worker.kill("did not start in time")
+        raise Denied(ECONNRESET, "the worker could not be started: the daemon's log says why")
 
     def _start_worker(self, account: accounts.Account) -> Worker:
         limits, paths = self.config.limits, self.config.paths
@@ -383,7 +386,7 @@ class Monitor:
         except OSError as fault:
             raise Denied(EAGAIN, f"no new process: {fault.strerror}") from None
         identity = account.identity
-        worker.begin(next(self._numbers), identity, account.name)
+        worker.begin(identity, account.name)
         self.workers[identity] = worker
         worker.gone.add_done_callback(lambda _: self._worker_gone(worker))
         self._idle(worker)  # whoever asked for it may be gone before it is there
@@ -395,18 +398,18 @@ class Monitor:
         )  # fmt: skip
         return worker
 
-    def _link(self, gate: Gate, worker: Worker, message: ipc.Attached) -> None:
+    def _link(self, gate: Gate, worker: Worker, conn: int, request: int, session: int) -> None:
         """Tell the gate, and give it and the worker two pipes to each other if they have none yet."""
         if gate in worker.gates:
-            gate.send(message)
+            gate.send(ipc.Attached(conn, request, session, worker.gates[gate]))
             return
         try:
             (worker_reads, gate_writes), (gate_reads, worker_writes) = launch.two_pipes(launch.plain_pipe)
         except OSError:
             raise Denied(EAGAIN, "no descriptors are left") from None
-        worker.gates.add(gate)
+        number = worker.gates[gate] = next(self._numbers)
         worker.send(ipc.Gate(gate.number), (worker_reads, worker_writes))
-        gate.send(message, (gate_reads, gate_writes))
+        gate.send(ipc.Attached(conn, request, session, number), (gate_reads, gate_writes))
 
     def _idle(self, worker: Worker) -> None:
         """Let a worker end after its idle time, unless somebody is attached to it then."""
@@ -584,7 +587,7 @@ class Monitor:
         What a worker holds is its lines. One that holds none is only forgotten: it has to ask again.
         """
         for endpoint in list(self.register.endpoints.values()):
-            if not endpoint.chain or endpoint.key not in self.register.endpoints:
+            if not endpoint.chain:  # released while others were looked at
                 continue
             found = endpoint.attributes()  # before the probes, so that what changes meanwhile is seen the next time
             if endpoint.seen == found:  # None at first: what changed since its first probe is not known
@@ -593,8 +596,8 @@ class Monitor:
             for worker in list(endpoint.callers):
                 errno, chain = await self._probe(worker.identity, endpoint.path, os.O_WRONLY, endpoint.key[:2])
                 ipc.close_all(chain)
-                if errno == EAGAIN:
-                    tried = False
+                if worker not in endpoint.callers or errno == EAGAIN:
+                    tried = tried and errno != EAGAIN
                 elif errno and any(joined is worker for _server, joined in endpoint.joined):
                     worker.kill(f"may no longer call /{endpoint.path} (errno {errno})")
                 elif errno:

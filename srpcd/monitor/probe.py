@@ -9,7 +9,7 @@ in, and they come from its own code. (An `O_PATH` descriptor reads as access mod
 import os
 import socket
 import stat
-from errno import EAGAIN, ENAMETOOLONG, ENOENT, ENXIO, ESTALE, ETIMEDOUT
+from errno import EAGAIN, EIO, ENAMETOOLONG, ENOENT, ENXIO, ESTALE, ETIMEDOUT
 from typing import NamedTuple
 
 from srpcd import ipc
@@ -40,7 +40,7 @@ async def probe(drop: Drop, tree: str, path: str, access: int, inode: tuple[int,
         return Proof(ETIMEDOUT, [])
     except OSError:
         return Proof(EAGAIN, [])
-    errno = int.from_bytes(data, "big") if data else EAGAIN
+    errno = int.from_bytes(data, "big") if data else EIO  # it died, by its user's hand perhaps
     if errno or len(chain) != path.count("/") + 2:
         ipc.close_all(chain)
         return Proof(errno or EAGAIN, [])

@@ -67,8 +67,9 @@ class Service:
                 listener.close()
         await self._drain()
         await self._monitor.stop()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*keepers)  # a fault of the daemon itself is raised here
+        for fault in await asyncio.gather(*keepers, return_exceptions=True):
+            if isinstance(fault, BaseException) and not isinstance(fault, asyncio.CancelledError):
+                raise fault
 
     async def _drain(self) -> None:
         seconds = self._monitor.config.limits.drain

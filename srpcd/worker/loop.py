@@ -166,12 +166,17 @@ class Loop:
         self._watched[fd] = (ALWAYS, mask)
         self._epoll.modify(fd, mask)
 
-    def close(self, fd: int) -> None:
-        """Forget a watched descriptor now, close it at the end of the pass."""
+    def forget(self, fd: int) -> None:
+        """Watch a descriptor no longer."""
         group, _mask = self._watched.pop(fd)
         del self._callbacks[fd]
         if group not in self._paused:
             self._epoll.unregister(fd)
+
+    def close(self, fd: int) -> None:
+        """Forget a watched descriptor now, close it at the end of the pass."""
+        if fd in self._watched:
+            self.forget(fd)
         self._closing.append(fd)
 
     def pause(self, groups: "frozenset[int]") -> None:

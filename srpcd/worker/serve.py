@@ -5,7 +5,7 @@ client is kept here but calls that are not yet answered, and the addresses of th
 """
 
 import os
-from errno import ECANCELED, EIO, EISDIR, EPROTO
+from errno import EAGAIN, ECANCELED, EIO, EISDIR, EPROTO
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 from srpcd import ipc
@@ -26,7 +26,7 @@ from srpcd.ipc import (
 )
 from srpcd.wire.errors import ProtocolError, RequestError
 from srpcd.wire.frames import METADATA_LENGTH, FrameReader
-from srpcd.wire.limits import METADATA_MAX, MIB, PATH_MAX, READ_SIZE
+from srpcd.wire.limits import KIB, METADATA_MAX, MIB, PATH_MAX, READ_SIZE
 from srpcd.worker.calls import Call, Calls, Link
 from srpcd.worker.describe import Describer
 from srpcd.worker.lines import Endpoint, Services
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 GATE_OUTPUT_MAX = 4 * MIB
 """Bytes that may wait for one gate to read them before nothing more is read from handlers and gates."""
 
+LARGE = 4 * KIB
 HANDLER_INPUT_MAX = 64 * MIB
 """Bytes that may wait for handlers to read them before nothing more is read from gates."""
 
@@ -102,7 +103,15 @@ class GateLink(Link):
             self._loop.close(self._read)
             self.writer.close()
             self._worker.calls.links.remove(self)
+            if self in self._worker.finishing:
+                self._worker.finishing.remove(self)
             self._worker.calls.drop(self)
+
+    def finish(self) -> None:
+        """The gate has no session here any more: hear nothing further from it, and end when all calls are answered."""
+        if not self._over and self not in self._worker.finishing:
+            self._loop.forget(self._read)
+            self._worker.finishing.append(self)
 
     def _readable(self, mask: int) -> None:
         try:
@@ -185,6 +194,9 @@ class GateLink(Link):
         now = self._loop.now
         call = self.calls[tag] = Call(self, tag, conn, known.path, dev, ino, body[begin:], now)
         self._loop.wake(now + worker.calls.timeout)
+        if size > LARGE and self._loop.backlog() + worker.services.held() > HANDLER_INPUT_MAX:
+            call.fail(EAGAIN, "too much waits for handlers that do not read: try again later")
+            return
         if known.batch != worker.batch:
             worker.check(known, call, self._peers[conn])
         elif known.endpoint is not None:
@@ -208,6 +220,7 @@ class Worker:
         self.programs = Programs(self.loop, self.tree, setup)
         self.describer = Describer(self.loop, self.tree, self.tell)
         self.known: dict[bytes, Known] = {}
+        self.finishing: list[GateLink] = []  # hear nothing more, and have answers to come
         self.batch = 0
         self._sock = sock
         self._pipe = pipe
@@ -225,6 +238,8 @@ class Worker:
     def run(self) -> "NoReturn":
         """Serve until the monitor is gone."""
         while True:
+            for link in [each for each in self.finishing if not each.calls and not each.writer.size]:
+                link.end()
             self.loop.turn()
             if self.loop.armed or self._paused or self.services.waiters:
                 self._balance()
@@ -297,7 +312,7 @@ class Worker:
         message, fds = received
         if isinstance(message, Gate | GateOver):
             for link in [each for each in self.calls.links if isinstance(each, GateLink) and each.number == message.gate]:
-                link.end()
+                link.finish()
         if isinstance(message, GateOver):
             return
         if isinstance(message, Gate) and len(fds) == 2:
@@ -325,8 +340,6 @@ class Worker:
         paused = _NOTHING
         if any(link.writer.size > GATE_OUTPUT_MAX for link in self.calls.links):
             paused = frozenset((GATES, HANDLERS))
-        elif self.loop.backlog() + self.services.held() > HANDLER_INPUT_MAX:
-            paused = frozenset((GATES,))
         if paused != self._paused:
             self._paused = paused
             self.loop.pause(paused)

@@ -13,6 +13,13 @@ else:
     import _signal  # what is behind `signal`, without its enums: they would import half of the library
 
 _EXEC_ERROR = 4  # bytes
+_zombies: "list[int]" = []  # held back by their tracers, to be collected when the next program starts
+
+
+def _collect() -> None:
+    for pid in list(_zombies):
+        if os.waitpid(pid, os.WNOHANG) != (0, 0):
+            _zombies.remove(pid)
 
 
 class Process:
@@ -26,6 +33,7 @@ class Process:
 
         That the exec failed is seen by the process's end: see `reap`.
         """
+        _collect()
         self._reaped = False
         fds: list[int] = []
         try:
@@ -45,8 +53,8 @@ class Process:
             try:
                 self.pidfd = os.pidfd_open(self.pid)
             except OSError:
-                self.kill()
-                os.waitpid(self.pid, 0)
+                os.kill(self.pid, _signal.SIGKILL)
+                _zombies.append(self.pid)
                 raise
         except OSError:
             for fd in fds:
@@ -62,6 +70,10 @@ class Process:
                 os.killpg(self.pid, _signal.SIGKILL)
             except OSError:
                 pass
+            try:  # it may have left its group
+                _signal.pidfd_send_signal(self.pidfd, _signal.SIGKILL)
+            except OSError:
+                pass
 
     def reap(self) -> "tuple[int, int]":
         """Collect the ended process, after killing what is left of its group: (errno of the failed exec or 0, status).
@@ -70,7 +82,10 @@ class Process:
         number can't have become somebody else's.
         """
         self.kill()
-        _pid, status = os.waitpid(self.pid, 0)
+        found, status = os.waitpid(self.pid, os.WNOHANG)
+        if not found:  # it has ended, but a tracer holds its remains back: not to be waited for
+            _zombies.append(self.pid)
+            status = _signal.SIGKILL
         self._reaped = True
         try:
             data = os.read(self._failure, _EXEC_ERROR)

@@ -166,7 +166,7 @@ def test_an_ended_session_is_expired_and_the_user_attaches_again(world: World) -
 # --- the end -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_drained_gate_finishes_what_it_has_and_exits(world: World) -> None:
+def test_a_drained_gate_finishes_what_it_has_says_so_and_exits_when_told(world: World) -> None:
     client = world.connect()
     client.log_in()
     client.walk("late")
@@ -178,6 +178,8 @@ def test_a_drained_gate_finishes_what_it_has_and_exits(world: World) -> None:
     assert late.over()
     world.release()
     assert client.frame()[2][4:] == b"last"
+    world.until(lambda: any(isinstance(each, ipc.Drained) for each in world.said))
+    world.monitor.close()
     assert client.over()
     assert world.exit_code() == 0
 
