@@ -166,17 +166,12 @@ class Loop:
         self._watched[fd] = (ALWAYS, mask)
         self._epoll.modify(fd, mask)
 
-    def forget(self, fd: int) -> None:
-        """Watch a descriptor no longer."""
+    def close(self, fd: int) -> None:
+        """Forget a watched descriptor now, close it at the end of the pass."""
         group, _mask = self._watched.pop(fd)
         del self._callbacks[fd]
         if group not in self._paused:
             self._epoll.unregister(fd)
-
-    def close(self, fd: int) -> None:
-        """Forget a watched descriptor now, close it at the end of the pass."""
-        if fd in self._watched:
-            self.forget(fd)
         self._closing.append(fd)
 
     def pause(self, groups: "frozenset[int]") -> None:
@@ -200,6 +195,8 @@ class Loop:
     def turn(self) -> None:
         """One pass; sleeps until there is something to do."""
         timeout = -1.0 if self._next == INFINITY else max(0.0, self._next - monotonic())
+        if self._closing:  # by somebody between two passes
+            timeout = 0.0
         events = self._epoll.poll(timeout)
         self.now = monotonic()
         for fd, mask in events:

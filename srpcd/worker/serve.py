@@ -5,7 +5,7 @@ client is kept here but calls that are not yet answered, and the addresses of th
 """
 
 import os
-from errno import EAGAIN, ECANCELED, EIO, EISDIR, EPROTO
+from errno import EAGAIN, ECANCELED, EIO, EISDIR, EKEYEXPIRED, EPROTO
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 from srpcd import ipc
@@ -108,10 +108,14 @@ class GateLink(Link):
             self._worker.calls.drop(self)
 
     def finish(self) -> None:
-        """The gate has no session here any more: hear nothing further from it, and end when all calls are answered."""
+        """The gate has no session here any more: begin nothing further for it, and end when all calls are answered."""
         if not self._over and self not in self._worker.finishing:
-            self._loop.forget(self._read)
+            refuse = self._refuse
+            self._table |= {ipc.OPEN: refuse, ipc.WALK: refuse, ipc.STAT: refuse, ipc.CALL: refuse}
             self._worker.finishing.append(self)
+
+    def _refuse(self, tag: int, body: bytes) -> None:
+        self.error(tag, EKEYEXPIRED)
 
     def _readable(self, mask: int) -> None:
         try:
@@ -220,7 +224,7 @@ class Worker:
         self.programs = Programs(self.loop, self.tree, setup)
         self.describer = Describer(self.loop, self.tree, self.tell)
         self.known: dict[bytes, Known] = {}
-        self.finishing: list[GateLink] = []  # hear nothing more, and have answers to come
+        self.finishing: list[GateLink] = []  # begin nothing more, and have answers to come
         self.batch = 0
         self._sock = sock
         self._pipe = pipe

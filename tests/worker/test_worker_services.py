@@ -363,3 +363,28 @@ def test_a_line_of_named_pipes_that_the_service_opens_later_is_waited_for(
     os.close(mine[0])
     assert bench.told() == ipc.LineGone(9)
     os.close(mine[1])
+
+
+def test_a_gate_whose_sessions_are_over_gets_what_is_under_way_and_begins_nothing(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate, "late")
+    tag = gate.start("late", b"under way", inode)
+    seq, _payload = handler.request()
+    for number in range(1, 5):  # whichever it is
+        bench.send(ipc.GateOver(number))
+    refused = gate.start("late", b"too late", inode)
+    assert gate.outcome(refused) == errno.EKEYEXPIRED
+    handler.reply(seq, b"done")
+    assert gate.reply(tag)[4:] == b"done"
+    with pytest.raises(EOFError):
+        gate.receive()
+
+
+def test_a_gate_whose_sessions_are_over_can_still_flush_a_connection(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate, "late")
+    gate.start("late", b"nobody waits", inode)
+    handler.request()
+    for number in range(1, 5):  # whichever it is
+        bench.send(ipc.GateOver(number))
+    gate.send(ipc.CLOSE, 1)
+    with pytest.raises(EOFError):
+        gate.receive()
