@@ -28,11 +28,9 @@ from srpcd.wire.errors import ProtocolError, RequestError
 from srpcd.wire.frames import METADATA_LENGTH, FrameReader
 from srpcd.wire.limits import KIB, METADATA_MAX, MIB, PATH_MAX, READ_SIZE
 from srpcd.worker.calls import Call, Calls, Link
-from srpcd.worker.describe import Describer
 from srpcd.worker.lines import Endpoint, Services
 from srpcd.worker.lines import Line as HandlerLine
 from srpcd.worker.loop import GATES, HANDLERS, Loop, Writer
-from srpcd.worker.programs import Programs
 from srpcd.worker.resolve import Tree, fail
 
 TYPE_CHECKING = False
@@ -40,6 +38,9 @@ if TYPE_CHECKING:
     from _socket import socket as Socket
     from collections.abc import Callable
     from typing import NoReturn
+
+    from srpcd.worker.describe import Describer
+    from srpcd.worker.programs import Programs
 
 GATE_OUTPUT_MAX = 4 * MIB
 """Bytes that may wait for one gate to read them before nothing more is read from handlers and gates."""
@@ -221,8 +222,9 @@ class Worker:
         self.tree = Tree(setup.tree)
         self.calls = Calls(self.loop, setup.call_timeout / 1000)
         self.services = Services(self.loop, self.tree, self.tell, self.calls.timeout)
-        self.programs = Programs(self.loop, self.tree, setup)
-        self.describer = Describer(self.loop, self.tree, self.tell)
+        self._setup = setup
+        self._programs: Programs | None = None
+        self._describer: Describer | None = None
         self.known: dict[bytes, Known] = {}
         self.finishing: list[GateLink] = []  # begin nothing more, and have answers to come
         self.batch = 0
@@ -234,6 +236,24 @@ class Worker:
         os.set_blocking(pipe, False)
         self.loop.watch(sock.fileno(), EPOLLIN, self._monitor_ready)
         self.loop.watch(pipe, 0, self._pipe_ready)
+
+    @property
+    def programs(self) -> "Programs":
+        """Made, and loaded, when the first program is called: a worker has to start fast."""
+        if self._programs is None:
+            from srpcd.worker.programs import Programs  # noqa: PLC0415
+
+            self._programs = Programs(self.loop, self.tree, self._setup)
+        return self._programs
+
+    @property
+    def describer(self) -> "Describer":
+        """Made, and loaded, at the first stat."""
+        if self._describer is None:
+            from srpcd.worker.describe import Describer  # noqa: PLC0415
+
+            self._describer = Describer(self.loop, self.tree, self.tell)
+        return self._describer
 
     def terminated(self, _number: int, _frame: object) -> None:
         """SIGTERM: the monitor has died (it is the parent death signal). End, and the programs too."""
@@ -349,5 +369,6 @@ class Worker:
             self.loop.pause(paused)
 
     def _end(self) -> "NoReturn":
-        self.programs.kill()
+        if self._programs is not None:
+            self._programs.kill()
         os._exit(0)
