@@ -20,6 +20,7 @@ from srpcd.session.session import Session
 
 WORKER_MARGIN = 5.0
 """Seconds after `limits.call_timeout`, which the worker keeps itself, after which a gate gives a silent worker up."""
+
 DRAIN_CHECK = 0.05
 """Seconds between two looks at whether everything has been answered."""
 

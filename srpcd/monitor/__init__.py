@@ -1,13 +1,17 @@
 """The root process: the whole privileged surface of the daemon.
 
-    requests      who may ask for what, in which state: one table; anything else ends its sender
-    monitor       what is done about each request; sessions, workers, gates
-    connections   listening sockets, numbering, limits, hang-up
-    authenticate  the child in which PAM runs (a program of its own)
-    accounts      who a user is, found out in a child
-    launch        fork, drop, exec
-    probe         a child that tries, as a user, whether the kernel lets him
-    lines         the register of endpoints, and the pipes between a worker and a service
+    service         the daemon's life: gates, listening sockets, looking after, the end
+    requests        who may ask for what, in which state: one table; anything else ends its sender
+    monitor         what is done about each request; sessions and workers
+    connections     listening sockets, numbering, limits, hang-up
+    authentication  who may try to authenticate, how often and how long; what became of it
+    pamchild        the child in which PAM runs (a program of its own)
+    children        a started program: its messages, its standard error, its end
+    launch          fork, drop, exec
+    forked          our own code in a fork, for a moment
+    accounts        who a user is, found out in such a fork
+    probe           a fork that tries, as a user, whether the kernel lets him
+    lines           the register of endpoints, and the pipes between a worker and a service
 
 It reads nothing from the network, parses no JSON and no TLS, calls no PAM and no NSS, waits for nobody without a bound,
 and takes no descriptor in (but from its own probes). docs/privsep.md tells the whole story.

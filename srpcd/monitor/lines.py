@@ -59,13 +59,17 @@ class Endpoint(Generic[W]):
 
     def __init__(self, key: tuple[int, int, str], chain: list[int], owner: int) -> None:
         self.key = key
-        self.path = key[2]
         self.chain = chain
         self.owner = owner
         self.seen: list[tuple[int, ...]] | None = None
         self.servers: list[Announcement] = []
         self.callers: set[W] = set()
         self.joined: set[tuple[int, W]] = set()
+
+    @property
+    def path(self) -> str:
+        """Where it was found."""
+        return self.key[2]
 
     def attributes(self) -> list[tuple[int, ...]]:
         """What decides about access, of the endpoint and all directories above it. (An ACL or a label changes ctime.)"""
