@@ -7,7 +7,6 @@ import os
 import pwd
 import resource
 import signal
-import socket
 import stat
 import sys
 from collections.abc import Callable
@@ -15,20 +14,22 @@ from contextlib import suppress
 from pathlib import Path
 
 from srpcd import config as configuration
-from srpcd import confine
+from srpcd import confine, selinux
 from srpcd.config import Config, ConfigError
-from srpcd.log import Log
-from srpcd.monitor import connections, launch
+from srpcd.log import Log, is_journal
+from srpcd.monitor import cgroups, launch
+from srpcd.monitor.cgroups import Groups
+from srpcd.monitor.faults import StartFault
+from srpcd.monitor.forked import in_child
+from srpcd.monitor.front import Front, Terms
 from srpcd.monitor.launch import Identity, Table
+from srpcd.monitor.listeners import address_of, listen
 from srpcd.monitor.monitor import Monitor
-from srpcd.monitor.service import Front, Service
+from srpcd.monitor.service import Renewal, Service
+from srpcd.monitor.systemd import Manager
 
 VERSION = "0.1.0"
 CODE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-class StartFault(Exception):
-    """The daemon can't start; the message says why and what to do."""
 
 
 def main(arguments: list[str] | None = None, table: Table | None = None) -> int:
@@ -51,9 +52,13 @@ def main(arguments: list[str] | None = None, table: Table | None = None) -> int:
     if options.check:
         sys.stdout.write("srpcd: the configuration is good\n")
         return 0
-    log = Log(2, config.log.format, config.log.level)
+    log = Log(2, config.log.format, config.log.level, is_journal(2, os.environ))
+
+    def load() -> Config:
+        return configuration.load(options.config, options.set, personal)
+
     try:
-        asyncio.run(_serve(config, log, table or launch.launch_table(CODE, library_paths()), personal))
+        asyncio.run(_serve(config, load, log, table or launch.launch_table(CODE, library_paths()), personal))
     except (StartFault, OSError) as fault:
         log.event("error", "stop", reason=str(fault))
         return 1
@@ -71,33 +76,33 @@ def library_paths() -> list[str]:
     return [each for each in dict.fromkeys(paths) if os.path.isdir(each) and each not in standard]
 
 
-async def _serve(config: Config, log: Log, table: Table, personal: bool) -> None:
+async def _serve(config: Config, load: Callable[[], Config], log: Log, table: Table, personal: bool) -> None:
     os.umask(0o022)
+    manager = Manager(os.environ)  # first of all: what it passes must not get into a child
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would reap our children
     asyncio.get_running_loop().set_exception_handler(
         lambda _loop, context: log.event("error", "warning", text=f"{context.get('message')}: {context.get('exception')!r}")
     )
-    own = Identity(os.getuid(), os.getgid(), tuple(sorted(os.getgroups())))
+    own = Identity(os.getuid(), os.getgid(), tuple(sorted(os.getgroups())), "" if personal else _own_context())
     users = {"tls": config.gate_user, "local": config.local_gate_user}
-    gates = {kind: own if personal else _gate_identity(user) for kind, user in users.items()}
+    gates = {kind: own if personal else _gate_identity(user, own.context) for kind, user in users.items()}
+    groups = _groups(config, manager, log, personal)
     _prepare(config, own, personal)
     log.event(
         "info", "start", version=VERSION, mode="personal" if personal else "system", pid=os.getpid(), tree=config.paths.tree
     )
     if not personal:
-        _check_reachable(table, gates["tls"])
-    fronts, addresses, pin = [], [], ""
-    if config.listen.tcp:
-        pin = _in_child(_make_keys, config.paths.key, config.paths.certificate)
-        files = tuple(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (config.paths.key, config.paths.certificate))
-        listeners = [_listen(address) for address in config.listen.tcp]
-        addresses = [_name(listener) for listener in listeners]
-        fronts.append(Front("tls", gates["tls"], listeners, files))
-    local = os.path.join(config.paths.runtime, "srpc.sock")
-    if config.listen.local:
-        fronts.append(Front("local", gates["local"], [connections.listen_local(local, personal)], ()))
-    for kind, address in [("tls", each) for each in addresses] + [("local", local)] * config.listen.local:
-        log.event("info", "listen", gate=kind, address=address)
+        await _check_reachable(table, gates["tls"])
+    terms = {"tls": await _terms("tls", config)} if config.listen.tcp else {}
+    listeners = listen(config.listen, os.path.join(config.paths.runtime, "srpc.sock"), manager, personal)
+    if listeners.warning:
+        log.event("warning", "warning", text=listeners.warning)
+    if listeners.local:
+        terms["local"] = await _terms("local", config)
+    sockets = {"tls": listeners.tcp, "local": listeners.local}
+    for kind in terms:
+        for sock in sockets[kind]:
+            log.event("info", "listen", gate=kind, address=address_of(sock))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -105,24 +110,54 @@ async def _serve(config: Config, log: Log, table: Table, personal: bool) -> None
     if not personal:
         launch.keep_capabilities()
         confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)  # not in personal mode: PAM would need its set-gid helper
-    monitor = Monitor(config, log, table, own, frozenset(each.uid for each in gates.values()), personal)
+    monitor = Monitor(config, log, table, own, frozenset(each.uid for each in gates.values()), personal, groups)
 
-    def ready() -> None:
-        log.event(
-            "info", "ready", tcp=",".join(addresses) or None, local=local if config.listen.local else None, pin=pin or None
-        )
+    async def read() -> Renewal:
+        renewed, fixed = configuration.renew(monitor.config, load())
+        return Renewal(renewed, fixed, {kind: await _terms(kind, renewed) for kind in terms})
 
+    fronts = [Front(monitor, kind, gates[kind], sockets[kind], its) for kind, its in terms.items()]
     try:
-        await Service(monitor, fronts, ready).run()
+        await Service(monitor, fronts, manager, read).run()
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):  # a second one would end us before the last line
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a second one would end us before the last line
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
-        with suppress(FileNotFoundError):
-            os.unlink(local)
+        if listeners.remove:
+            with suppress(FileNotFoundError):
+                os.unlink(listeners.remove)
 
 
-def _gate_identity(user: str) -> Identity:
+def _groups(config: Config, manager: Manager, log: Log, personal: bool) -> Groups | None:
+    """Control groups, where systemd runs us as a service of the system: there they must work, or be switched off."""
+    if personal or not manager.there or not os.path.isdir("/run/systemd/system"):
+        log.event("info", "cgroups", state="not used", reason="not a service of systemd's")
+    elif not config.users.cgroups:
+        log.event("warning", "cgroups", state="not used", reason="users.cgroups is false")
+    else:
+        return Groups(cgroups.delegated(), config.users)
+    return None
+
+
+async def _terms(kind: str, config: Config) -> Terms:
+    """What gates of this kind are started with: key and certificate as they are now, made if they are missing."""
+    if kind == "local":
+        return Terms(config)
+    paths = config.paths.key, config.paths.certificate
+    pin = await in_child(_make_keys, *paths)
+    files = tuple(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths)
+    facts = [os.fstat(fd) for fd in files]
+    return Terms(config, files, pin, tuple((each.st_dev, each.st_ino, each.st_size, each.st_ctime_ns) for each in facts))
+
+
+def _own_context() -> str:
+    try:
+        return selinux.own_context()
+    except selinux.Misplaced as fault:
+        raise StartFault(str(fault)) from None
+
+
+def _gate_identity(user: str, own_context: str) -> Identity:
     try:
         entry = pwd.getpwnam(user)
     except KeyError:
@@ -132,7 +167,7 @@ def _gate_identity(user: str) -> Identity:
         ) from None
     if entry.pw_uid == 0:
         raise StartFault(f"gate_user, local_gate_user: {user!r} is root; network processes need accounts of their own")
-    return Identity(entry.pw_uid, entry.pw_gid, ())
+    return Identity(entry.pw_uid, entry.pw_gid, (), selinux.with_domain(own_context, selinux.GATE))
 
 
 def _prepare(config: Config, own: Identity, personal: bool) -> None:
@@ -154,13 +189,11 @@ def _prepare(config: Config, own: Identity, personal: bool) -> None:
         os.chmod(config.paths.runtime, 0o755)  # noqa: S103  everybody may connect; what is in it has modes of its own
 
 
-def _check_reachable(table: Table, gate: Identity) -> None:
+async def _check_reachable(table: Table, gate: Identity) -> None:
     """Gates and workers run as other users: say which directory is closed to them, rather than fail at every start."""
     files = {word for program in (table["gate"], table["worker"]) for word in program.command if os.path.isabs(word)}
     for path in sorted(files):
-        if not os.path.exists(path):
-            raise StartFault(f"{path} is missing: the installation is not complete")
-        closed = _in_child(_first_closed, path, gate)
+        closed = await in_child(_first_closed, path, gate)
         if closed:
             raise StartFault(
                 f"{closed} is closed to other users, and the daemon's processes have to read {path} as such: open it "
@@ -169,6 +202,8 @@ def _check_reachable(table: Table, gate: Identity) -> None:
 
 
 def _first_closed(path: str, gate: Identity) -> str:
+    if not os.path.exists(path):
+        raise StartFault(f"{path} is missing: the installation is not complete")
     os.setgroups([])
     os.setresgid(gate.gid, gate.gid, gate.gid)
     os.setresuid(gate.uid, gate.uid, gate.uid)
@@ -185,40 +220,6 @@ def _make_keys(key: str, certificate: str) -> str:
 
     keys.ensure(key, certificate)
     return keys.pin(certificate)
-
-
-def _in_child(work: Callable[..., str], *arguments: object) -> str:
-    """What `work(*arguments)` returns, run in a fork that ends with it. Raises StartFault with what it raises."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            answer = "+" + work(*arguments)
-        except BaseException as fault:
-            answer = f"-{fault}"
-        finally:
-            os.write(write, answer.encode()[:4096])
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as file:
-        answer = file.read().decode(errors="replace")
-    os.waitpid(pid, 0)
-    if not answer.startswith("+"):
-        raise StartFault(answer[1:] or "a child of the daemon died at start")
-    return answer[1:]
-
-
-def _listen(address: str) -> socket.socket:
-    host, port = configuration.tcp_address(address)
-    try:
-        return connections.listen_tcp(host, port)
-    except OSError as fault:
-        raise StartFault(f"listen.tcp: {address}: {fault.strerror}") from None
-
-
-def _name(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ import msgspec
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
+MEMORY_MIN, MEMORY_MAX = 16 << 20, 1 << 50
+"""Bytes: what a user's worker and one small program need to get anywhere, and more than there is anywhere."""
+
 
 class ConfigError(Exception):
     """The configuration can't be used; the message says which file, which key, and why."""
@@ -85,6 +88,20 @@ class Limits(Section, frozen=True):
     buffer: Annotated[int, msgspec.Meta(ge=65536)] = 4 * 1024 * 1024
 
 
+class Users(Section, frozen=True):
+    """What all workers and programs of one user may take together, where systemd has delegated control groups to the daemon.
+
+    cgroups: whether to use them: false only for a unit without `Delegate=`. memory: bytes, a number or a string with K, M or
+    G behind the number (powers of 1024); they get no swap. tasks: processes and threads. cpu_weight: as CPUWeight= of
+    systemd, against other users (the daemon's own processes have 1000).
+    """
+
+    cgroups: bool = True
+    memory: int | str = "512M"
+    tasks: Annotated[int, msgspec.Meta(ge=8, le=4_194_304)] = 256
+    cpu_weight: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
+
+
 class Log(Section, frozen=True):
     """format: "text" or "json" lines, on standard error."""
 
@@ -103,6 +120,7 @@ class Config(Section, frozen=True):
     listen: Listen = Listen()
     authentication: Authentication = Authentication()
     limits: Limits = Limits()
+    users: Users = Users()
     log: Log = Log()
     gate_user: str = "_srpcd"
     local_gate_user: str = "_srpcl"
@@ -197,6 +215,10 @@ def _check(config: Config, source: Path) -> None:
         raise ConfigError(f"{source}: authentication.pam_service: {service!r} is not the name of a file in /etc/pam.d")
     if config.gate_user == config.local_gate_user:
         raise ConfigError(f"{source}: local_gate_user: the two kinds of gates need accounts of their own")
+    try:
+        size(config.users.memory)
+    except ValueError as fault:
+        raise ConfigError(f"{source}: users.memory: {config.users.memory!r}: {fault}") from None
     if "root" in config.authentication.allow:
         raise ConfigError(f"{source}: authentication.allow: root can't be allowed: no call is ever made as root")
 
@@ -209,6 +231,38 @@ def tcp_address(address: str) -> tuple[str, int]:
     if host.startswith("[") and host.endswith("]"):
         return str(ipaddress.IPv6Address(host[1:-1])), int(port)
     return str(ipaddress.IPv4Address(host)), int(port)
+
+
+def size(value: int | str) -> int:
+    """The bytes that `users.memory` stands for. Raises ValueError with the reason."""
+    number, unit = (value[:-1], value[-1:]) if isinstance(value, str) and value[-1:] in "KMG" else (str(value), "")
+    if not number.isdecimal() or not number.isascii() or len(number) > 16:
+        raise ValueError("not a number of bytes, nor one with K, M or G behind it")
+    found = int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
+    if not MEMORY_MIN <= found <= MEMORY_MAX:
+        raise ValueError(f"not from {MEMORY_MIN >> 20}M, which a worker needs, to {MEMORY_MAX >> 30}G")
+    return found
+
+
+def renew(old: Config, new: Config) -> tuple[Config, list[str]]:
+    """What a running daemon can take over of a configuration that was read again.
+
+    Returns `new` with what only a restart can change left as it is in `old`; and the names of the keys in which they differ.
+    """
+    users = msgspec.structs.replace(new.users, cgroups=old.users.cgroups)
+    fixed = {name: getattr(old, name) for name in ("paths", "listen", "gate_user", "local_gate_user")}
+    renewed = msgspec.structs.replace(new, users=users, **fixed)
+    return renewed, _differing(msgspec.to_builtins(renewed), msgspec.to_builtins(new))
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], place: str = "") -> list[str]:
+    names = []
+    for key, value in one.items():
+        if isinstance(value, dict):
+            names += _differing(value, other[key], f"{place}{key}.")
+        elif value != other[key]:
+            names.append(place + key)
+    return names
 
 
 def encode(config: Config) -> bytes:

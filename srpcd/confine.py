@@ -42,18 +42,47 @@ def make_undumpable() -> None:
     prctl(PR_SET_DUMPABLE, 0)
 
 
-def prove(uid: int, gid: int, groups: "Iterable[int]", personal: bool) -> None:
+def context() -> str:
+    """This thread's SELinux context; where SELinux is off what another module says, or OSError (EINVAL: there is none)."""
+    fd = os.open("/proc/thread-self/attr/current", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096).rstrip(b"\0\n").decode(errors="replace")
+    finally:
+        os.close(fd)
+
+
+def check(what: str, found: object, wanted: object) -> None:
+    """Raises NotConfined where the two differ."""
+    if found != wanted:
+        raise NotConfined(f"{what}: {found}, not {wanted}")
+
+
+def end_with(parent: int, signal: int) -> None:
+    """Let the kernel send `signal` when the monitor ends; for the exec into another SELinux domain has cleared that.
+
+    parent: the monitor's process id, as it told us. Raises NotConfined where it has ended already, OSError.
+    """
+    prctl(PR_SET_PDEATHSIG, signal)
+    check("the monitor's process id", os.getppid(), parent)  # after the line above: from here on no end is missed
+
+
+def prove_context(told: str) -> None:
+    """Check that this process runs in exactly the SELinux context that it was told; empty: there is none to be in.
+
+    Raises NotConfined, OSError.
+    """
+    if told:
+        check("SELinux context", context(), told)
+
+
+def prove(uid: int, gid: int, groups: "Iterable[int]", selinux: str, personal: bool) -> None:
     """Check that this process is exactly who it was told to be, and can't become anybody else.
 
-    uid, gid, groups: as in `WorkerSetup`. personal: the daemon runs as the user himself, so nothing was dropped; the
-    capability bounding set is then whatever his processes have.
+    uid, gid, groups, selinux: as in `WorkerSetup`, the last one its `context`. personal: the daemon runs as the user
+    himself, so nothing was dropped; the capability bounding set is then whatever his processes have.
     Raises NotConfined.
     """
-
-    def check(what: str, found: object, wanted: object) -> None:
-        if found != wanted:
-            raise NotConfined(f"{what}: {found}, not {wanted}")
-
+    prove_context(selinux)
     check("dumpable", prctl(PR_GET_DUMPABLE), 0)
     check("user ids", os.getresuid(), (uid, uid, uid))
     check("group ids", os.getresgid(), (gid, gid, gid))

@@ -184,14 +184,16 @@ class Message:
 class GateSetup(Message):
     """First message to a gate, with the descriptors of key and certificate where it speaks TLS.
 
-    identity: uid, gid and supplementary groups that it must find itself to have. kind: "tls" or "local".
+    uid, gid, groups, context, personal, monitor: as in `WorkerSetup`. kind: "tls" or "local".
     config: the daemon's configuration as JSON (`srpcd.config`).
     """
 
     uid: int
     gid: int
     groups: tuple[int, ...]
+    context: str
     personal: bool
+    monitor: int
     kind: str
     config: bytes
 
@@ -269,11 +271,18 @@ class Drain(Message):
     milliseconds: int
 
 
+class Ping(Message):
+    """Answer with `Pong`: whoever does not is taken for hung."""
+
+
 # gate ► monitor
 
 
 class Ready(Message):
-    """The gate has dropped everything, proved it, and serves."""
+    """The gate has dropped everything, proved it, is in its sandbox, and serves. landlock: the version of Landlock's
+    interface that is in force there; 0: the kernel has none."""
+
+    landlock: int
 
 
 class Taken(Message):
@@ -329,6 +338,10 @@ class Drained(Message):
     """Nothing is outstanding any more, after `Drain`."""
 
 
+class Pong(Message):
+    """Answer to Ping."""
+
+
 class Announce(Message):
     """Register the endpoint at `path` for the process at the other end of a local connection."""
 
@@ -360,15 +373,18 @@ class Refusal(Message):
 class WorkerSetup(Message):
     """First message to a worker: who it must find itself to be, and its bounds.
 
-    uid, gid, groups: all three ids of each kind, and the supplementary groups exactly. personal: no drop took place.
-    user: the account's name. tree: the tree's root directory. path: `PATH` for programs.
-    call_timeout: ms for one call. children: programs at once. resident_idle: ms without a call after which it ends.
+    uid, gid, groups: all three ids of each kind, and the supplementary groups exactly. context: of SELinux, empty where
+    that is off. personal: no drop took place. monitor: its process id. user: the account's name. tree: the tree's root
+    directory. path: `PATH` for programs. call_timeout: ms for one call. children: programs at once. resident_idle: ms
+    without a call after which one that stays ends.
     """
 
     uid: int
     gid: int
     groups: tuple[int, ...]
+    context: str
     personal: bool
+    monitor: int
     user: str
     tree: str
     path: str
@@ -454,10 +470,12 @@ class IsLive(Message):
 class AuthSetup(Message):
     """First message, with two descriptors, (read answers, write prompts), for the gate.
 
-    mechanism: "pam"; or "peer", where the monitor knows who it is, and only the account is checked. service: PAM service.
-    rhost: the peer's address, empty on the local socket.
+    context, monitor: as in `WorkerSetup`. mechanism: "pam"; or "peer", where the monitor knows who it is, and only the
+    account is checked. service: PAM service. rhost: the peer's address, empty on the local socket.
     """
 
+    context: str
+    monitor: int
     mechanism: str
     service: str
     uname: str

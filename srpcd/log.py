@@ -18,11 +18,15 @@ never a secret: this module knows neither, and nobody hands it any. The text for
 | announce       | an endpoint is served from now on, or is not    | outcome, conn, uid, endpoint, errno, reason        |
 | withdraw       | an announcement has ended                       | conn, peer, endpoint                               |
 | refused        | the kernel or a rule refused walk, stat or call | operation, conn, peer, user, endpoint, errno       |
+| refused        | the SELinux policy did, asked by the monitor    | operation, uid, endpoint, errno, reason            |
 | process-start  | a gate, worker or other child runs              | role, name, pid                                    |
+| sandbox        | a gate is in it; warning: without Landlock (0)  | name, pid, landlock (its version)                  |
 | process-end    | it has ended                                    | role, name, pid, status                            |
 | process-kill   | it was killed for what it did                   | role, name, pid, reason                            |
 | limit          | a bound was met                                 | which, peer, user, endpoint                        |
 | gate-restart   | a gate died and is started again                | gate, status, wait                                 |
+| reload         | the configuration was read again, or refused    | outcome, reason, restart (keys that need one)      |
+| cgroups        | users have no control groups                    | state, reason                                      |
 | child-output   | a line of a child's standard error              | role, name, pid, text                              |
 | warning        | something that an administrator should look at  | text, and what it is about                         |
 | log-dropped    | lines were lost: nobody read standard error     | lines                                              |
@@ -42,6 +46,8 @@ from socket import MSG_DONTWAIT, socket
 
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
+_SYSLOG = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+
 VALUE_MAX = 400
 """Characters of one value, before escapes. More is what a peer sends to fill a disk."""
 
@@ -57,16 +63,22 @@ class Log:
     """Writes events.
 
     stream: descriptor of standard error or the like. format: "text" or "json". level: the lowest of LEVELS to write.
+    journal: the stream is the journal's: each line begins with the level as syslog numbers them (sd-daemon(3)).
     """
 
-    def __init__(self, stream: int, format: str = "text", level: str = "info") -> None:
+    def __init__(self, stream: int, format: str = "text", level: str = "info", journal: bool = False) -> None:
         self.dropped = 0
         """Lines lost since the last that could be written."""
-        self._json = format == "json"
-        self._lowest = LEVELS[level]
+        self.configure(format, level)
+        self._journal = journal
         self._torn = False  # half a line went out: the next begins on a line of its own
         self._stream = stream
         self._socket, self._fd = _unblocked(stream)
+
+    def configure(self, format: str, level: str) -> None:
+        """Write in this form, from this level on."""
+        self._json = format == "json"
+        self._lowest = LEVELS[level]
 
     def event(self, level: str, event: str, /, **fields: Value) -> None:
         """Write one event. level: of LEVELS. event, fields: as in the table above; a field that is None is left out."""
@@ -95,7 +107,8 @@ class Log:
     def _line(self, level: str, event: str, fields: Mapping[str, Value]) -> bytes:
         longest = VALUE_MAX
         while True:
-            line = (self._as_json if self._json else self._as_text)(level, event, fields, longest).encode() + b"\n"
+            text = (self._as_json if self._json else self._as_text)(level, event, fields, longest)
+            line = (f"<{_SYSLOG[level]}>{text}\n" if self._journal else f"{text}\n").encode()
             if len(line) <= LINE_MAX or not longest:
                 return line
             longest //= 2
@@ -131,6 +144,12 @@ class Log:
             return os.write(self._fd, data) if poll.poll(0) else 0
         except OSError:
             return 0
+
+
+def is_journal(stream: int, environment: Mapping[str, str]) -> bool:
+    """Whether the stream is what systemd connected to its journal: $JOURNAL_STREAM names it (systemd.exec(5))."""
+    facts = os.fstat(stream)
+    return environment.get("JOURNAL_STREAM") == f"{facts.st_dev}:{facts.st_ino}"
 
 
 def _unblocked(stream: int) -> tuple[socket | None, int]:

@@ -169,7 +169,7 @@ def test_a_drop_that_is_not_what_was_asked_for_is_found_out(private_realm: realm
     told: dict[str, object] = {"uid": who.uid, "gid": who.gid, "groups": [who.gid]}
     told[wrong] = [who.gid, 0] if wrong == "groups" else 0 if wrong == "gid" else who.uid + 1
     arguments = ", ".join(map(str, told.values()))
-    code = f"from srpcd import confine; confine.make_undumpable(); confine.prove({arguments}, True)"
+    code = f"from srpcd import confine; confine.make_undumpable(); confine.prove({arguments}, '', True)"
     done = realm.run_as("bob", realm.python(code))
     assert done.returncode == 1
     assert b"NotConfined" in done.stderr

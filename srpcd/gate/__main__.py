@@ -1,4 +1,5 @@
-"""Start of a gate: `python3 -I -S <this file> <tls|local> <directory for sys.path>...`, with descriptors 3 and 4.
+#!/usr/bin/python3 -IS
+"""Start of a gate: `<this file> <tls|local> <directory for sys.path>...`, by `python3 -I -S`, with descriptors 3 and 4.
 
 The monitor has dropped all privileges before the exec. Nothing is read from a client before that is proved.
 """
@@ -36,7 +37,8 @@ def main() -> None:
     setup, fds = received
     if not isinstance(setup, ipc.GateSetup) or setup.kind != sys.argv[1] or len(fds) != (2 if setup.kind == "tls" else 0):
         raise SystemExit("a gate was told something else than who it is")
-    confine.prove(setup.uid, setup.gid, setup.groups, setup.personal)
+    confine.end_with(setup.monitor, signal.SIGKILL)
+    confine.prove(setup.uid, setup.gid, setup.groups, setup.context, setup.personal)
     # Not before the exec, as the other limits: execve itself fails where a uid has more processes than this.
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
@@ -44,6 +46,8 @@ def main() -> None:
     from srpcd.gate import gate, tls  # noqa: PLC0415
 
     context = tls.inherited_context(fds) if fds else None
+    # Nor before this: libffi puts a callback of ctypes into a file in memory.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     gate.serve(config.decode(setup.config), context, sock, PIPE)
 
 

@@ -1,12 +1,12 @@
 """The way to the monitor and back: a socket that it hands messages and descriptors out on, and a pipe to it."""
 
-import asyncio
 import os
 import socket
 from collections import deque
 from collections.abc import Callable
 
 from srpcd import ipc
+from srpcd.gate.loop import Loop
 
 QUEUE_HIGH, QUEUE_LOW = 256, 64
 """Messages that wait for the monitor before clients are no longer read, and when they are again."""
@@ -27,7 +27,7 @@ class Channel:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: Loop,
         sock: socket.socket,
         pipe: int,
         dispatch: Callable[[ipc.Message, list[int]], None],
@@ -42,7 +42,7 @@ class Channel:
         self._queue: deque[ipc.Message] = deque()
         sock.setblocking(False)
         os.set_blocking(pipe, False)
-        loop.add_reader(sock, self._readable)
+        loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, message: ipc.Message) -> None:
         """Send, or keep it until the pipe has room."""

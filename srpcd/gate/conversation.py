@@ -1,12 +1,12 @@
 """What passwords travel on: from a connection to the children that authenticate it, past the monitor."""
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
 from srpcd import ipc
+from srpcd.gate.loop import Loop
 from srpcd.wire.messages import Prompt, Style
 
 STYLES = get_args(Style)
@@ -17,9 +17,7 @@ class Conversation:
 
     __slots__ = ("_answers", "_loop", "_prompted", "_read", "_write")
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, read: int, write: int, prompted: Callable[[list[Prompt]], None]
-    ) -> None:
+    def __init__(self, loop: Loop, read: int, write: int, prompted: Callable[[list[Prompt]], None]) -> None:
         self._loop = loop
         self._read = read
         self._write = write
@@ -80,7 +78,7 @@ class Conversations:
 
     __slots__ = ("_conversations", "_loop", "_prompted")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, prompted: Callable[[int, list[Prompt]], None]) -> None:
+    def __init__(self, loop: Loop, prompted: Callable[[int, list[Prompt]], None]) -> None:
         self._loop = loop
         self._prompted = prompted
         self._conversations: dict[int, Conversation | None] = {}

@@ -1,6 +1,5 @@
 """The process: connections and workers from the monitor, timers, the shutdown."""
 
-import asyncio
 import os
 import socket
 import sys
@@ -12,8 +11,10 @@ from OpenSSL import SSL
 
 from srpcd import ipc
 from srpcd.config import Config
+from srpcd.gate import sandbox
 from srpcd.gate.channel import Channel
 from srpcd.gate.connection import Connection
+from srpcd.gate.loop import Loop
 from srpcd.gate.routes import Link
 from srpcd.gate.tls import Plain, Tls
 from srpcd.session.session import Session
@@ -31,9 +32,7 @@ LAST_WORDS = 1.0
 class Gate:
     """One gate. context: of TLS; None: the gate of the local socket."""
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, config: Config, context: SSL.Context | None, sock: socket.socket, pipe: int
-    ) -> None:
+    def __init__(self, loop: Loop, config: Config, context: SSL.Context | None, sock: socket.socket, pipe: int) -> None:
         self.loop = loop
         self.limits = config.limits
         self.connections: dict[int, Connection] = {}
@@ -63,6 +62,8 @@ class Gate:
     def _dispatch(self, message: ipc.Message, fds: list[int]) -> None:
         if isinstance(message, ipc.Connection):
             self._connection(message, fds)
+        elif isinstance(message, ipc.Ping):
+            self.channel.send(ipc.Pong())
         elif isinstance(message, ipc.Drain):
             self._drain(message.milliseconds / 1000)
         else:
@@ -155,18 +156,13 @@ _RESULTS: dict[type[ipc.Message], Callable[[Connection, Any, Link | None, list[i
 
 def serve(config: Config, context: SSL.Context | None, sock: socket.socket, pipe: int) -> None:
     """Be a gate until the monitor says that it is over, or is gone."""
-    loop = asyncio.new_event_loop()
-    loop.set_exception_handler(_fatal)
+    loop = Loop()
     gate = Gate(loop, config, context, sock, pipe)
-    gate.channel.send(ipc.Ready())
-    loop.run_forever()
-
-
-def _fatal(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """A fault outside any connection: end, and the monitor starts another gate. Values are not shown."""
-    fault = context.get("exception")
-    if isinstance(fault, BaseException):
+    gate.channel.send(ipc.Ready(sandbox.enter()))
+    try:
+        loop.run_forever()
+    except Exception as fault:
+        # Outside any connection: end, and the monitor starts another gate. Values are not shown.
         traceback.print_tb(fault.__traceback__, file=sys.stderr)
-        print(type(fault).__name__, file=sys.stderr)
-    print("a gate ends, because it has a fault", file=sys.stderr, flush=True)
-    os._exit(1)
+        print(f"{type(fault).__name__}: a gate ends, because it has a fault", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -4,7 +4,6 @@ The hot path is here. `Link.send` only packs a frame; `flush` writes all of a ba
 one read gave, hands each answer to its connection, and lets every connection that got one send once.
 """
 
-import asyncio
 import os
 from errno import ECONNRESET
 from struct import Struct
@@ -45,7 +44,7 @@ class Link:
         self.congested = False
         self.users: set[Connection] = set()
         self._gate = gate
-        self._loop: asyncio.AbstractEventLoop = gate.loop
+        self._loop = gate.loop
         self._read = read
         self._write = write
         self._reader = FrameReader(ipc.FROM_WORKER)

@@ -8,8 +8,10 @@
     pamchild        the child in which PAM runs (a program of its own)
     children        a started program: its messages, its standard error, its end
     launch          fork, drop, exec
+    pamsession      the PAM session of a worker, opened by the fork that becomes it, closed by one that outlives it
     forked          our own code in a fork, for a moment
     accounts        who a user is, found out in such a fork
+    contexts        the SELinux context of a user's worker, by libselinux, in that fork
     probe           a fork that tries, as a user, whether the kernel lets him
     lines           the register of endpoints, and the pipes between a worker and a service
 

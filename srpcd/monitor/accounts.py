@@ -1,11 +1,11 @@
-"""Who a user is: name, uid, groups, shell, looked up afresh in a child (a directory service must not block the monitor)."""
+"""Who a user is, and in which SELinux context, looked up in a child: a directory service must not block the monitor."""
 
 import os
 import pwd
-import socket
 from typing import NamedTuple
 
 from srpcd import ipc
+from srpcd.monitor import contexts
 from srpcd.monitor.forked import ask
 from srpcd.monitor.launch import Drop, Identity
 
@@ -14,11 +14,12 @@ SECONDS = 10.0
 
 
 class Account(NamedTuple):
-    """identity: uid, gid and supplementary groups. login: whether the shell is one of /etc/shells."""
+    """login: whether the shell is one of /etc/shells. unmapped: why there is no SELinux context to run in; else empty."""
 
     name: str
     identity: Identity
     login: bool
+    unmapped: str
 
 
 class _Found(ipc.Message):
@@ -26,13 +27,18 @@ class _Found(ipc.Message):
     uid: int
     gid: int
     groups: tuple[int, ...]
+    context: str
     login: bool
+    unmapped: str
 
 
-async def look_up(name: str) -> Account | None:
-    """The account of a name; None where there is none. Raises OSError where that could not be found out in time."""
+async def look_up(name: str, daemon: str) -> Account | None:
+    """The account of a name; None where there is none. Raises OSError where that could not be found out in time.
+
+    daemon: its own SELinux context; empty: workers need none.
+    """
     try:
-        data, _fds = await ask(lambda end: _answer(end, name), Drop(None, {}), SECONDS)
+        data, _fds = await ask(lambda end: end.send(_answer(name, daemon).pack()), Drop(None, {}), SECONDS)
     except TimeoutError:
         raise OSError("the account database does not answer") from None
     if not data:
@@ -40,17 +46,22 @@ async def look_up(name: str) -> Account | None:
     found = ipc.Message.unpack(data)
     if not isinstance(found, _Found) or not found.name:
         return None
-    return Account(found.name, Identity(found.uid, found.gid, found.groups), found.login)
+    return Account(found.name, Identity(found.uid, found.gid, found.groups, found.context), found.login, found.unmapped)
 
 
-def _answer(end: socket.socket, name: str) -> None:
+def _answer(name: str, daemon: str) -> _Found:
     try:
         entry = pwd.getpwnam(name)
     except (KeyError, ValueError):  # ValueError: a NUL in it
-        end.send(_Found("", 0, 0, (), False).pack())
-        return
-    groups = sorted(set(os.getgrouplist(entry.pw_name, entry.pw_gid)))
-    end.send(_Found(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(groups), _may_log_in(entry.pw_shell)).pack())
+        return _Found("", 0, 0, (), "", False, "")
+    groups = tuple(sorted(set(os.getgrouplist(entry.pw_name, entry.pw_gid))))
+    context, unmapped = "", ""
+    if daemon:
+        try:
+            context = contexts.worker_context(entry.pw_name, daemon)
+        except contexts.Unmapped as fault:
+            unmapped = str(fault)
+    return _Found(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, context, _may_log_in(entry.pw_shell), unmapped)
 
 
 def _may_log_in(shell: str) -> bool:

@@ -91,6 +91,8 @@ def policy(account: Account | None, settings: Settings, own: frozenset[int], net
     uid = account.identity.uid
     if uid in (0, OVERFLOW_UID, 0xFFFFFFFF) or uid in own:
         return "root, the overflow uid and the daemon's own never call"
+    if account.unmapped:
+        return account.unmapped
     if network and account.name not in settings.allow:
         if uid < settings.uid_min:
             return "a system account, not in authentication.allow"

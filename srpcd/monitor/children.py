@@ -178,10 +178,12 @@ class Gate(Child):
 
     connections: by number. last: the highest number handed out. untaken: those it has not seen yet, and since when
     (monotonic seconds). room: called when it has taken one. drained: set when it has nothing outstanding, or has ended.
+    silent: how often it was looked at since the ping that it has not answered; 0: it owes no answer.
     """
 
     role = "gate"
     number = 0
+    silent = 0
     room: Callable[[], None]
 
     def begin(self, number: int, local: bool) -> None:
@@ -195,13 +197,14 @@ class Gate(Child):
 
 
 class Worker(Child):
-    """The process of one security context. lines: how many it has. waiting: endpoints that it wants lines to."""
+    """The process of one security context. lines: how many it has. waiting: endpoints that it wants lines to. group: the
+    directory of its control group, or empty."""
 
     role = "worker"
 
-    def begin(self, identity: Identity, user: str) -> None:
+    def begin(self, identity: Identity, user: str, group: str) -> None:
         """Say whose it is."""
-        self.identity, self.user = identity, user
+        self.identity, self.user, self.group = identity, user, group
         self.gates: dict[Gate, int] = {}  # with the number of the pipes between them
         self.connections: set[Connection] = set()
         self.endpoints: set[Endpoint[Worker]] = set()

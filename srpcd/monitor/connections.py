@@ -1,4 +1,4 @@
-"""Listening sockets and the connections that came in by them.
+"""Connections that have come in.
 
 The monitor accepts, so who is at the other end of a connection is its own knowledge. It keeps a duplicate of each
 socket, from which it never reads, only to see when the connection is over: a hang-up of the peer, or the gate's shutdown.
@@ -8,7 +8,6 @@ import array
 import asyncio
 import contextlib
 import ipaddress
-import os
 import select
 import socket
 import struct
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from srpcd.monitor.children import Gate, Session, Worker
     from srpcd.monitor.lines import Announcement, Endpoint
 
-SO_PEERGROUPS, SO_PASSRIGHTS = 59, 83
+SO_PEERSEC, SO_PEERGROUPS, SO_PASSRIGHTS = 31, 59, 83
 _ACCEPTS = 32
 """Connections taken in one round, so that a flood of them leaves the monitor time for everything else."""
 
@@ -136,28 +135,8 @@ class Counts:
                 del counter[connection.origin]
 
 
-def listen_tcp(host: str, port: int) -> socket.socket:
-    """A listening socket; of IPv6, for that alone. Raises OSError."""
-    sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
-    sock.setblocking(False)
-    return sock
-
-
-def listen_local(path: str, personal: bool) -> socket.socket:
-    """The listening Unix socket: everybody may connect, and the kernel says who it is. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    with contextlib.suppress(OSError):  # Linux 6.16: nobody can send descriptors to the gate, which would have to close them
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
-    sock.bind(path)
-    os.chmod(path, 0o600 if personal else 0o666)
-    sock.listen(1024)
-    return sock
-
-
-def accept(listener: socket.socket, room: int) -> list[tuple[socket.socket, Peer]]:
-    """Up to `room` new connections. Raises OSError when out of descriptors."""
+def accept(listener: socket.socket, room: int, labelled: bool) -> list[tuple[socket.socket, Peer]]:
+    """Up to `room` new connections. labelled: SELinux is on. Raises OSError when out of descriptors."""
     accepted: list[tuple[socket.socket, Peer]] = []
     while len(accepted) < min(room, _ACCEPTS):
         try:
@@ -169,7 +148,8 @@ def accept(listener: socket.socket, room: int) -> list[tuple[socket.socket, Peer
                 break
             raise
         try:
-            accepted.append((sock, _local_peer(sock) if sock.family == socket.AF_UNIX else _network_peer(sock, address)))
+            local = sock.family == socket.AF_UNIX
+            accepted.append((sock, _local_peer(sock, labelled) if local else _network_peer(sock, address)))
         except OSError:  # gone again already, or more groups than can be asked for
             sock.close()
     return accepted
@@ -178,15 +158,18 @@ def accept(listener: socket.socket, room: int) -> list[tuple[socket.socket, Peer
 def _network_peer(sock: socket.socket, address: tuple[str, int]) -> Peer:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    host = ipaddress.ip_address(address[0].partition("%")[0])
+    host: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address[0].partition("%")[0])
+    if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped:  # by a socket for both: not all of IPv4 is one origin
+        host = host.ipv4_mapped
     if host.version == 4:
         return Peer(f"{host}:{address[1]}", str(host), str(host), None)
     return Peer(f"[{host}]:{address[1]}", str(host), str(ipaddress.ip_network((host, 64), strict=False)), None)
 
 
-def _local_peer(sock: socket.socket) -> Peer:
-    """By the kernel: uid, gid, and the groups that the process had when it connected (unix(7))."""
+def _local_peer(sock: socket.socket, labelled: bool) -> Peer:
+    """By the kernel: uid, gid, the groups and the SELinux context that the process had when it connected (unix(7))."""
     _pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     groups = array.array("I")
     groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024))
-    return Peer(f"uid:{uid}", "", f"uid:{uid}", Identity(uid, gid, tuple(sorted(set(groups) | {gid}))))
+    context = sock.getsockopt(socket.SOL_SOCKET, SO_PEERSEC, 1024).rstrip(b"\0").decode(errors="replace") if labelled else ""
+    return Peer(f"uid:{uid}", "", f"uid:{uid}", Identity(uid, gid, tuple(sorted(set(groups) | {gid})), context))

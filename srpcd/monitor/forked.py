@@ -9,7 +9,11 @@ from contextlib import asynccontextmanager, suppress
 from weakref import WeakValueDictionary
 
 from srpcd import confine
+from srpcd.monitor.faults import StartFault
 from srpcd.monitor.launch import Drop, become, fork, keep_only
+
+_PATIENCE = 30.0
+"""Seconds for a piece of work of our own: the longest is to make a key on a slow machine."""
 
 
 class Turns:
@@ -28,7 +32,7 @@ class Turns:
             yield
 
 
-async def ask(work: Callable[[socket.socket], None], drop: Drop, seconds: float) -> tuple[bytes, list[int]]:
+async def ask(work: Callable[[socket.socket], object], drop: Drop, seconds: float) -> tuple[bytes, list[int]]:
     """What `work` sends from a fork that has become what `drop` says: bytes (none if it died), descriptors.
 
     work: given the child's end of a SEQPACKET socket; everything else is closed, standard error too. The child is killed
@@ -53,7 +57,26 @@ async def ask(work: Callable[[socket.socket], None], drop: Drop, seconds: float)
         collect(pid)
 
 
-def _start(work: Callable[[socket.socket], None], drop: Drop) -> tuple[int, int, socket.socket]:
+async def in_child(work: Callable[..., str | None], *arguments: object) -> str:
+    """What `work(*arguments)` returns, run in a fork that stays who we are. Raises StartFault, with its words if it does."""
+
+    def answer(end: socket.socket) -> None:
+        try:
+            said = f"+{work(*arguments) or ''}"
+        except Exception as fault:
+            said = f"-{fault}"
+        end.send(said.encode(errors="replace")[:4096])
+
+    try:
+        data, _fds = await ask(answer, Drop(None, {}), _PATIENCE)
+    except OSError as fault:
+        raise StartFault(f"a child of the daemon: {fault.strerror or 'it took too long'}") from None
+    if data[:1] != b"+":
+        raise StartFault(data[1:].decode(errors="replace") or "a child of the daemon died")
+    return data[1:].decode(errors="replace")
+
+
+def _start(work: Callable[[socket.socket], object], drop: Drop) -> tuple[int, int, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
 

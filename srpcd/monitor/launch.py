@@ -18,17 +18,20 @@ from contextlib import ExitStack
 from errno import ENOSYS
 from typing import NamedTuple, NoReturn
 
-from srpcd import confine, ipc
+from srpcd import confine, ipc, selinux
+from srpcd.monitor import cgroups, pamsession
 
 CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE = 5, 6, 7, 8, 29
 KEPT = (CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE)
 """What the monitor keeps: to end workers, to become users, to empty their bounding sets, to let PAM write its records."""
 
-GATE_LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 16384}
+GATE_LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 16384}
 WORKER_LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 4096}
-"""What setrlimit(2) is told for gates and workers. (RLIMIT_NPROC 0 would make the exec fail: a gate sets it itself.)"""
+"""What setrlimit(2) is told for gates and workers. (RLIMIT_NPROC 0 would make the exec fail, and RLIMIT_FSIZE 0 callbacks of
+ctypes: a gate sets these two itself.)"""
 
 PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 23, 24, 47, 4
+_FDS_MIN = 1024  # a limit that was lowered closes nothing of what was opened before
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311, "ppc64le": 271, "s390x": 280}
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -48,11 +51,12 @@ Table = dict[str, Program]
 
 
 class Identity(NamedTuple):
-    """Who a process is. groups: the supplementary ones, sorted."""
+    """Who a process is. groups: the supplementary ones, sorted. context: of SELinux, empty where that is off."""
 
     uid: int
     gid: int
     groups: tuple[int, ...]
+    context: str = ""
 
 
 class Drop(NamedTuple):
@@ -60,21 +64,31 @@ class Drop(NamedTuple):
 
     identity: None stays who it is (personal mode; the authentication child). no_new_privs: False only for the
     authentication child of a personal daemon, whose PAM needs the set-gid `unix_chkpwd`. death_signal: what it gets when
-    the monitor dies.
+    the monitor dies (a program sets it again: the exec into another SELinux domain clears it). group: directory of the
+    control group that it moves into; empty: it stays where the monitor is. context: of SELinux, for what is exec'd.
+    session: of PAM, for what is exec'd; None: none.
     """
 
     identity: Identity | None
     limits: dict[int, int]
     no_new_privs: bool = True
     death_signal: int = signal.SIGKILL
+    group: str = ""
+    context: str = ""
+    session: pamsession.Wanted | None = None
 
 
 def launch_table(code: str, libraries: list[str]) -> Table:
-    """The real programs. code: directory that holds `srpcd`. libraries: directories of OpenSSL, msgspec, pam."""
+    """The real programs. code: directory that holds `srpcd`. libraries: directories of OpenSSL, msgspec, pam.
+
+    Where the package has installed them executable they are started themselves: SELinux looks at the label of the file that
+    is executed, and every script of the system would do if that were the interpreter.
+    """
     python = os.path.realpath(sys.executable)
 
     def command(*place: str) -> tuple[str, ...]:
-        return (python, "-I", "-S", os.path.join(code, "srpcd", *place))
+        file = os.path.join(code, "srpcd", *place)
+        return (file,) if os.access(file, os.X_OK) else (python, "-I", "-S", file)
 
     return {
         "gate": Program(command("gate", "__main__.py"), tuple(libraries)),
@@ -110,6 +124,8 @@ def keep_capabilities(kept: tuple[int, ...] = KEPT) -> None:
 
 def become(drop: Drop, parent: int) -> None:
     """Become what `drop` says, in the child of process `parent`. The order is that of the design, and has its reasons."""
+    if drop.group:
+        cgroups.join(drop.group)  # as root, and before anything is done on the user's account
     os.setsid()  # no terminal; and the monitor finds what a dead worker left behind by its session
     number = _SYS_KEYCTL.get(platform.machine())
     if number is not None:
@@ -117,13 +133,13 @@ def become(drop: Drop, parent: int) -> None:
         if joined < 0 and ctypes.get_errno() != ENOSYS:  # a kernel without keyrings has no keys to inherit either
             _check(joined, "keyctl")
     for limit, value in drop.limits.items():
-        hard = resource.getrlimit(limit)[1]
-        lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (lower, lower))
+        held = resource.getrlimit(limit)  # a PAM session may have set less
+        soft, hard = (value if each == resource.RLIM_INFINITY else min(value, each) for each in held)
+        resource.setrlimit(limit, (soft, hard))
     os.chdir("/")
     os.umask(0o077)
     if drop.identity is not None:
-        uid, gid, groups = drop.identity
+        uid, gid, groups, _context = drop.identity
         if uid == 0:
             raise PermissionError("nothing is ever started as uid 0 by a drop")
         confine.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
@@ -175,7 +191,7 @@ def keep_only(fds: list[int], inheritable: bool) -> None:
     above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds)) for fd in fds]  # out of the way of the numbers wanted
     for number, fd in enumerate(above):
         os.dup2(fd, number, inheritable)
-    os.closerange(len(fds), resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    os.closerange(len(fds), max(resource.getrlimit(resource.RLIMIT_NOFILE)[1], _FDS_MIN))
 
 
 class Spawned(NamedTuple):
@@ -208,9 +224,16 @@ def spawn(argv: tuple[str, ...], drop: Drop) -> Spawned:
         def work() -> None:
             os.dup2(error_end, 2)  # from here on a failure is told there, and not on the daemon's own standard error
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-            keep_only([null, null, error_end, there.fileno(), request_end], inheritable=True)
-            os.set_blocking(2, True)
+            kept = [null, null, error_end, there.fileno(), request_end]
+            os.set_blocking(error_end, True)
+            if drop.session is not None:
+                keep_only([*kept, drop.session.lease], inheritable=False)  # not for what modules start
+                pamsession.enter(drop.session._replace(lease=len(kept)))
+                kept = list(range(len(kept)))
+            keep_only(kept, inheritable=True)
             become(drop, parent)
+            if drop.context:
+                selinux.set_exec(drop.context)  # last: whatever is executed next runs there
             os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"})
 
         pid, pidfd = fork(work)

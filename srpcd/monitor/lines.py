@@ -2,8 +2,9 @@
 
 An endpoint is an inode, pinned by an O_PATH descriptor from the probe that found it. It has servers (announcements) and
 callers (workers that a probe has passed); each pair of these has one line: two named pipes, `recv` and `send`, in
-LINES/<service uid>/<line id>/, owned by root, that only the service's uid may enter and open. The names are gone as soon
-as the service has opened both. What a worker or gate says has no influence on whom the service is told that it serves.
+LINES/<service uid>/<line id>/, owned by root, that only the service's uid may enter and open. Where SELinux is on they
+carry the endpoint's label, so the kernel asks the policy anew at each read and write. The names are gone as soon as the
+service has opened both. What a worker or gate says has no influence on whom the service is told that it serves.
 """
 
 import ctypes
@@ -14,11 +15,11 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from errno import EMSGSIZE
+from errno import EACCES, EMSGSIZE
 from itertools import count
 from typing import Generic, TypeVar
 
-from srpcd import ipc
+from srpcd import ipc, selinux
 from srpcd.wire import frames
 
 W = TypeVar("W")  # a worker, whatever that is to the monitor
@@ -41,6 +42,16 @@ def _access_list(uid: int, permission: int, owner: int) -> bytes:
     return struct.pack("<I", 2) + b"".join(_ACL.pack(*entry) for entry in entries)
 
 
+def _attributes(fd: int, labelled: bool) -> tuple[int, int, int, int, int, str]:
+    """An ACL changes ctime; a label may not, on a tmpfs before Linux 6.6. Zeros: SELinux lets us see nothing of it."""
+    try:
+        found = os.fstat(fd)
+        label = selinux.label(fd) if labelled else ""
+    except OSError:
+        return 0, 0, 0, 0, 0, ""
+    return found.st_mode, found.st_uid, found.st_gid, found.st_ctime_ns, min(found.st_nlink, 1), label
+
+
 class Announcement:
     """One server of an endpoint. uid: of the service, which alone can open its lines. tell: of a new line, to it."""
 
@@ -53,15 +64,17 @@ class Announcement:
 class Endpoint(Generic[W]):
     """A pinned inode, found at a path, with its servers and callers.
 
-    chain: O_PATH descriptors, tree root first, the pipe last. owner: uid on whose account they are. seen: what `revoke`
-    has looked at; None at first, so that nobody else's probe can hide a change. joined: (announcement, worker) with a line.
+    chain: O_PATH descriptors, tree root first, the pipe last. owner: uid on whose account they are. labelled: SELinux is
+    on. seen: what `revoke` has looked at; None at first, so that nobody else's probe can hide a change. joined:
+    (announcement, worker) with a line.
     """
 
-    def __init__(self, key: tuple[int, int, str], chain: list[int], owner: int) -> None:
+    def __init__(self, key: tuple[int, int, str], chain: list[int], owner: int, labelled: bool) -> None:
         self.key = key
         self.chain = chain
         self.owner = owner
-        self.seen: list[tuple[int, ...]] | None = None
+        self.labelled = labelled
+        self.seen: object = None
         self.servers: list[Announcement] = []
         self.callers: set[W] = set()
         self.joined: set[tuple[int, W]] = set()
@@ -71,33 +84,52 @@ class Endpoint(Generic[W]):
         """Where it was found."""
         return self.key[2]
 
-    def attributes(self) -> list[tuple[int, ...]]:
-        """What decides about access, of the endpoint and all directories above it. (An ACL or a label changes ctime.)"""
-        found = map(os.fstat, self.chain)
-        return [(each.st_mode, each.st_uid, each.st_gid, each.st_ctime_ns, min(each.st_nlink, 1)) for each in found]
+    @property
+    def mode(self) -> int:
+        """Its file mode now; 0 where SELinux hides it from us."""
+        return _attributes(self.chain[-1], False)[0]
+
+    @property
+    def label(self) -> str:
+        """Its SELinux label now; empty where SELinux is off, or hides it from us."""
+        with suppress(OSError):
+            return selinux.label(self.chain[-1]) if self.labelled else ""
+        return ""
+
+    def attributes(self) -> list[tuple[int, int, int, int, int, str]]:
+        """What decides about access, of the endpoint and all directories above it."""
+        return [_attributes(fd, self.labelled) for fd in self.chain]
 
 
 class Line(Generic[W]):
-    """One line. recv: the monitor's own hold on `recv` until the service has opened both ends, else None."""
+    """One line. recv: the monitor's own hold on `recv` until the service has opened both ends, else None.
 
-    def __init__(self, endpoint: Endpoint[W], server: Announcement, worker: W, directory: str, recv: int) -> None:
+    label: of SELinux, the endpoint's when it was made.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint[W], server: Announcement, worker: W, directory: str, recv: int, label: str
+    ) -> None:
         self.endpoint = endpoint
         self.server = server
         self.worker = worker
         self.directory = directory
         self.recv: int | None = recv
+        self.label = label
         self.unopened = {"recv", "send"}
 
 
 class Register(Generic[W]):
     """All endpoints, announcements and lines. One instance, of the monitor.
 
-    directory: LINES. own: the monitor's uid (a service of that uid, in personal mode, owns its pipes anyway).
+    directory: LINES. own: the monitor's uid (a service of that uid, in personal mode, owns its pipes anyway). labelled:
+    SELinux is on.
     """
 
-    def __init__(self, directory: str, own: int) -> None:
+    def __init__(self, directory: str, own: int, labelled: bool) -> None:
         self._directory = directory
         self._own = own
+        self._labelled = labelled
         self._numbers = count(1)
         self._watches: dict[int, tuple[int, str]] = {}
         self._held: Counter[int] = Counter()  # descriptors, by uid
@@ -115,14 +147,18 @@ class Register(Generic[W]):
 
         owner: the uid that they are counted for, which may hold a quarter of all.
         """
-        inode = os.fstat(chain[-1])
+        try:
+            inode = os.fstat(chain[-1])
+        except OSError:  # SELinux, since a moment ago
+            ipc.close_all(chain)
+            return None
         key = (inode.st_dev, inode.st_ino, path)
         found = self.endpoints.get(key)
         if found is not None or self._held[owner] > self._room // 4 or self._held.total() > self._room:
             ipc.close_all(chain)
             return found
         self._held[owner] += len(chain)
-        found = self.endpoints[key] = Endpoint(key, chain, owner)
+        found = self.endpoints[key] = Endpoint(key, chain, owner, self._labelled)
         return found
 
     def live(self, dev: int, ino: int) -> bool:
@@ -142,9 +178,9 @@ class Register(Generic[W]):
         return [server for server in endpoint.servers if (server.number, worker) not in endpoint.joined]
 
     def make_line(
-        self, endpoint: Endpoint[W], server: Announcement, worker: W, caller: tuple[int, int, tuple[int, ...], str]
+        self, endpoint: Endpoint[W], server: Announcement, worker: W, caller: tuple[int, int, tuple[int, ...], str, str]
     ) -> tuple[int, int, int]:
-        """Make a line. caller: uid, gid, groups, user name, as the service is to be told.
+        """Make a line. caller: uid, gid, groups, SELinux context, user name, as the service is to be told.
 
         Returns (line id, write end of recv, read end of send): the worker's, to be passed on and closed. Raises OSError.
         """
@@ -156,14 +192,18 @@ class Register(Generic[W]):
         recv, send = os.path.join(directory, "recv"), os.path.join(directory, "send")
         opened: list[int] = []
         try:
+            label = endpoint.label
+            if endpoint.labelled and not label:
+                raise PermissionError(EACCES, "the endpoint's label can't be read")
             os.mkdir(directory, 0o700)
-            os.mkfifo(recv, 0o600)
-            os.mkfifo(send, 0o600)
+            with selinux.creating(label):
+                os.mkfifo(recv, 0o600)
+                os.mkfifo(send, 0o600)
             opened.append(os.open(recv, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
             opened.append(os.open(recv, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             opened.append(os.open(send, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-            uid, gid, groups, user = caller
-            first = frames.caller_frame(uid, gid, groups, user, "", "/" + endpoint.path)
+            uid, gid, groups, context, user = caller
+            first = frames.caller_frame(uid, gid, groups, user, context, "/" + endpoint.path)
             if len(first) > frames.PIPE_BUF or os.write(opened[0], first) != len(first):
                 raise OSError(EMSGSIZE, "the first frame does not fit")  # cut short, the worker could write its end
             for path, name in ((recv, "recv"), (send, "send")):  # after our own opens, which are not to be seen
@@ -179,7 +219,7 @@ class Register(Generic[W]):
             ipc.close_all(opened)
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        self.lines[number] = Line(endpoint, server, worker, directory, opened[0])
+        self.lines[number] = Line(endpoint, server, worker, directory, opened[0], label)
         endpoint.joined.add((server.number, worker))
         return number, opened[1], opened[2]
 

@@ -15,14 +15,16 @@ from itertools import count
 from signal import SIGKILL, SIGTERM
 from typing import Any
 
-from srpcd import ipc
+from srpcd import ipc, selinux
 from srpcd.config import Config
 from srpcd.log import Log, Value
-from srpcd.monitor import accounts, authentication, launch
+from srpcd.monitor import accounts, authentication, launch, pamsession
 from srpcd.monitor.authentication import Afid, PamChild
-from srpcd.monitor.children import Child, Gate, Session, Worker
+from srpcd.monitor.cgroups import Groups
+from srpcd.monitor.children import Child, Gate, Quota, Session, Worker
 from srpcd.monitor.connections import Connection, HangUps
-from srpcd.monitor.forked import Turns, sweep_sessions
+from srpcd.monitor.faults import StartFault
+from srpcd.monitor.forked import Turns, in_child, sweep_sessions
 from srpcd.monitor.launch import Drop, Identity
 from srpcd.monitor.lines import Announcement, Endpoint, Register
 from srpcd.monitor.probe import Proof, probe
@@ -56,19 +58,27 @@ class Monitor:
     """Handlers of all requests. Gates are started, and connections accepted, by `srpcd.monitor.service`.
 
     table: what to exec. own: who the daemon is itself. gates: uids of the gates. personal: it serves its own user alone,
-    and nothing is dropped.
+    and nothing is dropped. groups: control groups, where systemd has delegated them.
     """
 
     def __init__(
-        self, config: Config, log: Log, table: launch.Table, own: Identity, gates: frozenset[int], personal: bool
+        self,
+        config: Config,
+        log: Log,
+        table: launch.Table,
+        own: Identity,
+        gates: frozenset[int],
+        personal: bool,
+        groups: Groups | None = None,
     ) -> None:
         self.config = config
         self.log = log
         self.table = table
         self.own = own
         self.personal = personal
+        self.groups = groups
         self.daemon_uids = frozenset() if personal else gates | {own.uid}
-        self.register: Register[Worker] = Register(os.path.join(config.paths.runtime, "lines"), own.uid)
+        self.register: Register[Worker] = Register(os.path.join(config.paths.runtime, "lines"), own.uid, bool(own.context))
         self.workers: dict[Identity, Worker] = {}
         self.children: set[Child] = set()
         self.hang_ups = HangUps(self.connection_over)
@@ -78,6 +88,8 @@ class Monitor:
         self._failures = authentication.Failures()
         # Those whom the kernel vouches for do not wait behind strangers who type no password.
         self._pam = {each: Turns(PAM_CHILDREN_MAX, PAM_CHILDREN_MAX // 2) for each in ("pam", "peer")}
+        self._keepers = pamsession.Keepers()
+        self._pam_context = selinux.with_domain(own.context, selinux.AUTHENTICATION)
         self._probes = Turns(PROBES_MAX, PROBES_MAX // 8)
         asyncio.get_running_loop().add_reader(self.register.inotify, self.register.opened)
 
@@ -90,6 +102,10 @@ class Monitor:
     def start(self, kind: type[Child], name: str, drop: Drop, *arguments: str) -> Any:
         """Start a program of the launch table, as what the monitor calls `kind`. Raises OSError."""
         program = self.table[kind.role]
+        if self.own.context and not drop.context:
+            raise PermissionError(EPERM, "SELinux is on: nothing is started without a context of its own")
+        if self.groups and not drop.group:
+            drop = drop._replace(group=self.groups.leaves[kind.role])
         spawned = launch.spawn((*program.command, *arguments, *program.libraries), drop)
         child = kind(spawned, name, self.log, self.handle)
         self.children.add(child)
@@ -98,13 +114,44 @@ class Monitor:
 
     def drop(self, identity: Identity, limits: dict[int, int] | None = None, death_signal: int = SIGKILL) -> Drop:
         """How to become somebody; in personal mode everybody is the daemon's own user already."""
-        return Drop(None if self.personal else identity, limits or {}, death_signal=death_signal)
+        whom = None if self.personal else identity
+        return Drop(whom, limits or {}, death_signal=death_signal, context=identity.context)
 
     def proved(self, child: Child, _message: ipc.Message) -> None:
         child.serving()
 
+    def ready(self, gate: Gate, message: ipc.Ready) -> None:
+        level = "info" if message.landlock else "warning"  # the other half of the sandbox is always there
+        self.log.event(level, "sandbox", name=gate.name, pid=gate.pid, landlock=message.landlock)
+        gate.serving()
+
     def drained(self, gate: Gate, _message: ipc.Drained) -> None:
         gate.drained.set()
+
+    def pong(self, gate: Gate, _message: ipc.Pong) -> None:
+        gate.silent = 0
+
+    # --- the configuration ---------------------------------------------------------------------------------------------
+
+    async def configure(self, config: Config) -> None:
+        """Go by another configuration, which differs in what can be changed while we run.
+
+        Workers keep the bounds that they were started with, and their sessions; new sessions get new workers.
+        """
+        old, self.config = self.config, config
+        self.log.configure(config.log.format, config.log.level)
+        if (old.limits, old.program_path) != (config.limits, config.program_path):
+            self.workers.clear()
+        if self.groups and old.users != config.users:
+            self.groups.configure(config.users)
+            try:
+                await in_child(self.groups.limit_all)
+            except StartFault as fault:
+                self.log.event("error", "warning", text=f"users with workers keep the limits that they had: {fault}")
+
+    def all_workers(self) -> list[Worker]:
+        """Those that new sessions do not get any more too."""
+        return [each for each in self.children if isinstance(each, Worker)]
 
     # --- connections ---------------------------------------------------------------------------------------------------
 
@@ -226,7 +273,7 @@ class Monitor:
 
     async def _look_up(self, user: str) -> accounts.Account | None:
         try:
-            return await accounts.look_up(user)
+            return await accounts.look_up(user, self.own.context)
         except OSError as fault:
             raise Denied(EAGAIN, f"no look-up of accounts at the moment: {fault.strerror or fault}") from None
 
@@ -249,7 +296,8 @@ class Monitor:
                 asyncio.timeout(self.config.authentication.timeout),
                 self._pam[message.mechanism].turn(connection.origin),
             ):
-                child = self.start(PamChild, message.uname, Drop(None, {}, not self.personal))
+                drop = Drop(None, {}, not self.personal, context=self._pam_context)
+                child = self.start(PamChild, message.uname, drop)
                 self._introduce(connection, message, child)
                 await asyncio.shield(child.gone)
                 return child.result or ipc.Outcome(EACCES, "the authentication child died", 0)
@@ -266,7 +314,8 @@ class Monitor:
         """Tell the child whom to authenticate, and let it and the gate talk to each other."""
         service = self.config.authentication.pam_service
         (answers, to_child), (prompts, from_child) = launch.two_pipes(ipc.packet_pipe)
-        child.send(ipc.AuthSetup(message.mechanism, service, message.uname, connection.host), (answers, from_child))
+        setup = ipc.AuthSetup(self._pam_context, os.getpid(), message.mechanism, service, message.uname, connection.host)
+        child.send(setup, (answers, from_child))
         connection.gate.send(ipc.Conversation(connection.number, message.afid), (prompts, to_child))
 
     def outcome(self, child: PamChild, message: ipc.Outcome) -> None:
@@ -367,36 +416,50 @@ class Monitor:
         for _ in range(2):  # the first may be about to end, idle
             worker = self.workers.get(account.identity)
             if worker is None or worker.state is State.DONE:
-                worker = self._start_worker(account)
+                worker = self._start_worker(account, connection.host)
             try:
                 async with asyncio.timeout(START_SECONDS):
                     if await asyncio.shield(worker.proved) and worker.state is not State.DONE:
                         return worker
             except TimeoutError:
                 worker.kill("did not start in time")
+                raise Denied(ETIMEDOUT, "the worker did not start in time") from None
+            if worker.gone.done() and worker.gone.result() == pamsession.REFUSED:
+                raise Denied(EACCES, "no PAM session for this user: the daemon's log says why")
         raise Denied(ECONNRESET, "the worker could not be started: the daemon's log says why")
 
-    def _start_worker(self, account: accounts.Account) -> Worker:
+    def _start_worker(self, account: accounts.Account, host: str) -> Worker:
         limits, paths = self.config.limits, self.config.paths
-        if len(self.workers) >= limits.workers:
+        if len(self.all_workers()) >= limits.workers:
             raise Denied(EAGAIN, "the daemon has as many workers as it may have")
+        group = ""
         try:
+            if self.groups:
+                group = self.groups.worker(account.identity.uid)
             drop = self.drop(account.identity, launch.WORKER_LIMITS, SIGTERM)  # at which it ends its programs, and itself
+            drop = drop._replace(group=group, session=self._session(account.name, host))
             worker: Worker = self.start(Worker, account.name, drop, account.name)
         except OSError as fault:
+            if self.groups and group:
+                self.groups.end(group)
             raise Denied(EAGAIN, f"no new process: {fault.strerror}") from None
         identity = account.identity
-        worker.begin(identity, account.name)
+        worker.begin(identity, account.name, group)
         self.workers[identity] = worker
         worker.gone.add_done_callback(lambda _: self._worker_gone(worker))
         self._idle(worker)  # whoever asked for it may be gone before it is there
         worker.send(
             ipc.WorkerSetup(
-                *identity, self.personal, account.name, paths.tree, self.config.program_path,
+                *identity, self.personal, os.getpid(), account.name, paths.tree, self.config.program_path,
                 int(limits.call_timeout * 1000), limits.programs_per_worker, int(limits.resident_idle * 1000),
             )
         )  # fmt: skip
         return worker
+
+    def _session(self, user: str, host: str) -> pamsession.Wanted | None:
+        """The PAM session of a worker, if its service asks for any; a user's own daemon has nothing to open one with."""
+        service = self.config.authentication.pam_service
+        return None if self.personal else pamsession.Wanted(service, user, host, self._keepers.lease)
 
     def _link(self, gate: Gate, worker: Worker, conn: int, request: int, session: int) -> None:
         """Tell the gate, and give it and the worker two pipes to each other if they have none yet."""
@@ -415,7 +478,9 @@ class Monitor:
         """Let a worker end after its idle time, unless somebody is attached to it then."""
 
         def look() -> None:
-            if not worker.connections and worker.state is not State.DONE:
+            if worker.state is State.NEW and time.monotonic() - worker.started < START_SECONDS:
+                self._idle(worker)  # whoever waits for it has the longer patience
+            elif not worker.connections and worker.state is not State.DONE:
                 self._retire(worker)
 
         if worker.idle is not None:
@@ -438,6 +503,9 @@ class Monitor:
             self.register.end_line(number)
         for endpoint in list(worker.endpoints):
             self._forget_caller(worker, endpoint)
+        if self.groups:
+            self.groups.end(worker.group)
+            return
         self._dead.add(worker.pid)
         if self._sweep is None or self._sweep.done():
             self._sweep = asyncio.get_running_loop().create_task(self._sweep_dead())
@@ -454,9 +522,21 @@ class Monitor:
 
     # --- endpoints and lines -------------------------------------------------------------------------------------------
 
-    async def _probe(self, identity: Identity, path: str, access: int, inode: tuple[int, int] | None = None) -> Proof:
+    async def _probe(
+        self, identity: Identity, quota: Quota, path: str, access: int, inode: tuple[int, int] | None = None
+    ) -> Proof:
+        """Let a probe try. quota: of whoever it is for, to write a refusal of the policy into the log."""
+        if self.own.context and not identity.context:
+            return Proof(EACCES, [])  # of whom SELinux knows nothing, nothing can be asked
         async with self._probes.turn(identity.uid):
-            return await probe(self.drop(identity), self.config.paths.tree, path, access, inode)
+            proof = await probe(self.drop(identity), self.config.paths.tree, path, access, inode, identity.context)
+        if proof.reason and quota.take():
+            operation = "serve" if access == os.O_RDONLY else "call"
+            self.log.event(
+                "info", "refused", operation=operation, uid=identity.uid, endpoint="/" + path, errno=proof.errno,
+                reason=proof.reason,
+            )  # fmt: skip
+        return proof
 
     def announce(self, gate: Gate, message: ipc.Announce) -> None:
         connection = self.connection(gate, message.conn)
@@ -476,7 +556,7 @@ class Monitor:
         try:
             if identity.uid in self.daemon_uids | {0, authentication.OVERFLOW_UID}:
                 raise Denied(EPERM, "a service needs an account of its own: root and the daemon's accounts can't announce")
-            refused, chain = await self._probe(identity, path, os.O_RDONLY)
+            refused, chain, _reason = await self._probe(identity, connection.quota, path, os.O_RDONLY)
             if connection.over:
                 ipc.close_all(chain)
                 return
@@ -501,7 +581,7 @@ class Monitor:
         connection.announcements[number] = endpoint, server
         if not connection.known:
             connection.becomes_known()
-        mode, warning = os.fstat(endpoint.chain[-1]).st_mode, ""
+        mode, warning = endpoint.mode, ""
         if mode & 0o060 == 0o060 or mode & 0o006 == 0o006:
             warning = f"mode {mode & 0o777:o}: whoever may call this endpoint may also serve it; take read away from callers"
         gate.send(ipc.Announced(conn, request, number, warning))  # before the lines, which the gate knows by the number
@@ -518,13 +598,16 @@ class Monitor:
         endpoint, server = connection.announcements.pop(number)
         endpoint.servers.remove(server)
         for line_number in [each for each, line in self.register.lines.items() if line.server is server]:
-            line = self.register.end_line(line_number)
-            if line is not None:
-                line.worker.lines -= 1
-                line.worker.send(ipc.LineOver(line_number))
+            self._line_over(line_number)
         self.register.release(endpoint)
         if connection.quota.take():
             self.log.event("info", "withdraw", conn=connection.number, peer=connection.peer, endpoint="/" + endpoint.path)
+
+    def _line_over(self, number: int) -> None:
+        line = self.register.end_line(number)
+        if line is not None:
+            line.worker.lines -= 1
+            line.worker.send(ipc.LineOver(number))
 
     def _join(self, endpoint: Endpoint[Worker], server: Announcement, worker: Worker) -> None:
         """Make a line between a worker that may call and a server, and tell both."""
@@ -554,7 +637,7 @@ class Monitor:
 
     async def _lines_wanted(self, worker: Worker, path: str, inode: tuple[int, int]) -> None:
         try:
-            errno, chain = await self._probe(worker.identity, path, os.O_WRONLY, inode)
+            errno, chain, _reason = await self._probe(worker.identity, worker.quota, path, os.O_WRONLY, inode)
         finally:
             worker.waiting -= 1
         if worker.state is State.DONE:
@@ -584,17 +667,22 @@ class Monitor:
     async def revoke(self) -> None:
         """Where attributes of an endpoint or of a directory above it changed: probe again, kill workers that fail.
 
-        What a worker holds is its lines. One that holds none is only forgotten: it has to ask again.
+        The same for all endpoints where the SELinux policy has changed. What a worker holds is its lines. One that holds
+        none is only forgotten: it has to ask again.
         """
+        policy = selinux.status() if self.own.context else b""
         for endpoint in list(self.register.endpoints.values()):
             if not endpoint.chain:  # released while others were looked at
                 continue
-            found = endpoint.attributes()  # before the probes, so that what changes meanwhile is seen the next time
+            # Before the probes, so that what changes meanwhile is seen the next time.
+            found = [policy, *endpoint.attributes()]
             if endpoint.seen == found:  # None at first: what changed since its first probe is not known
                 continue
             tried = True
             for worker in list(endpoint.callers):
-                errno, chain = await self._probe(worker.identity, endpoint.path, os.O_WRONLY, endpoint.key[:2])
+                errno, chain, _reason = await self._probe(
+                    worker.identity, worker.quota, endpoint.path, os.O_WRONLY, endpoint.key[:2]
+                )
                 ipc.close_all(chain)
                 if worker not in endpoint.callers or errno == EAGAIN:
                     tried = tried and errno != EAGAIN
@@ -602,14 +690,23 @@ class Monitor:
                     worker.kill(f"may no longer call /{endpoint.path} (errno {errno})")
                 elif errno:
                     self._forget_caller(worker, endpoint)
+            self._renew_lines(endpoint)
             if tried:
                 endpoint.seen = found
 
+    def _renew_lines(self, endpoint: Endpoint[Worker]) -> None:
+        """Where an endpoint has another label now: other lines, for the kernel goes by those. Calls may finish."""
+        label = endpoint.label
+        for number, line in list(self.register.lines.items()):
+            if line.endpoint is endpoint and line.label != label and line.worker.state is not State.DONE:
+                self._line_over(number)
+                self._join(endpoint, line.server, line.worker)
+
     async def refresh(self) -> None:
         """Look afresh at who the users with workers are; a worker that is not what its user is now ends."""
-        for worker in list(self.workers.values()) if not self.personal else ():
+        for worker in self.all_workers() if not self.personal else ():
             with suppress(OSError):  # a directory service that does not answer says nothing about anybody
-                account = await accounts.look_up(worker.user)
+                account = await accounts.look_up(worker.user, self.own.context)
                 if account is None or account.identity != worker.identity:
                     self._expire(worker, float("inf"))
                     self._retire(worker)
@@ -617,7 +714,7 @@ class Monitor:
     def expire(self) -> None:
         """End sessions that are too old."""
         now = time.monotonic()
-        for worker in list(self.workers.values()):
+        for worker in self.all_workers():
             self._expire(worker, now)
 
     def _expire(self, worker: Worker, now: float) -> None:
@@ -637,6 +734,7 @@ class Monitor:
                     await asyncio.gather(*(asyncio.shield(child.gone) for child in self.children))
         if self._sweep is not None:
             await self._sweep
+        await self._keepers.over(START_SECONDS)
         asyncio.get_running_loop().remove_reader(self.register.inotify)
         self.hang_ups.close()
         self.register.close()

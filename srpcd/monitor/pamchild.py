@@ -1,3 +1,4 @@
+#!/usr/bin/python3 -IS
 """The program in which one authentication runs: PAM, with a whole conversation, in a process that ends with it.
 
 Modules block, sleep, take over signals and are not thread-safe, so each authentication has a child of its own. Answers
@@ -11,6 +12,7 @@ no fail delay, so the conversation is made here.
 import ctypes
 import ctypes.util
 import os
+import signal
 import sys
 import time
 from _socket import socket
@@ -130,6 +132,8 @@ def main() -> None:
     setup, (answers, prompts) = received
     if not isinstance(setup, ipc.AuthSetup):
         raise TypeError("the first message is no AuthSetup")
+    confine.end_with(setup.monitor, signal.SIGKILL)
+    confine.prove_context(setup.context)
     for fd in (answers, prompts, REQUESTS):
         os.set_blocking(fd, True)
     os.set_inheritable(REQUESTS, False)  # not for programs that a PAM module starts

@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
 
 REQUESTS: dict[type[ipc.Message], Rule] = {
-    ipc.Ready: Rule("gate", State.NEW, "proved"),
+    ipc.Ready: Rule("gate", State.NEW, "ready"),
     ipc.Taken: Rule("gate", State.SERVING, "taken"),
     ipc.Authenticate: Rule("gate", State.SERVING, "authenticate"),
     ipc.ForgetAfid: Rule("gate", State.SERVING, "forget_afid"),
@@ -45,6 +45,7 @@ REQUESTS: dict[type[ipc.Message], Rule] = {
     ipc.Resume: Rule("gate", State.SERVING, "resume"),
     ipc.Detach: Rule("gate", State.SERVING, "detach"),
     ipc.Drained: Rule("gate", State.SERVING, "drained"),
+    ipc.Pong: Rule("gate", State.SERVING, "pong"),
     ipc.Refusal: Rule("gate", State.SERVING, "refusal"),
     ipc.Announce: Rule("gate", State.SERVING, "announce", local=True),
     ipc.Withdraw: Rule("gate", State.SERVING, "withdraw", local=True),

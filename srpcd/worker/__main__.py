@@ -1,3 +1,4 @@
+#!/usr/bin/python3 -IS
 """A worker's program: `python3 -I -S <dir>/srpcd/worker/__main__.py <user name>` (the name is for `ps` alone).
 
 It finds a socket from the monitor at descriptor 3, its end of the packet pipe to the monitor at 4 (`srpcd.ipc`).
@@ -30,7 +31,8 @@ def main() -> None:
     setup, _fds = received
     if not isinstance(setup, ipc.WorkerSetup):
         raise ipc.MessageError(f"{type(setup).__name__} in the place of WorkerSetup")
-    confine.prove(setup.uid, setup.gid, setup.groups, setup.personal)
+    confine.end_with(setup.monitor, _signal.SIGTERM)
+    confine.prove(setup.uid, setup.gid, setup.groups, setup.context, setup.personal)
     worker = Worker(setup, sock, _PIPE)
     _signal.signal(_signal.SIGTERM, worker.terminated)
     worker.tell(ipc.Proved())

@@ -238,7 +238,7 @@ class Programs:
             resident = None
         if resident is None:
             setup = self._setup
-            caller = caller_frame(setup.uid, setup.gid, setup.groups, setup.user, "", "/" + call.path)
+            caller = caller_frame(setup.uid, setup.gid, setup.groups, setup.user, setup.context, "/" + call.path)
             resident = Resident(self, self._start(call, program, {}), content, caller)
             self._residents[key] = resident
             self.loop.wake(self.loop.now + self._idle)

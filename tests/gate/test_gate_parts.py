@@ -1,6 +1,5 @@
 """Parts of the gate, in this process."""
 
-import asyncio
 import os
 import socket
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from srpcd.gate.answers import REFUSALS, Refusals, give
 from srpcd.gate.backlog import Backlog
 from srpcd.gate.conversation import prompt
 from srpcd.gate.gate import Gate
+from srpcd.gate.loop import Loop
 from srpcd.gate.routes import LinkBroken
 from srpcd.session.effects import Forward
 from srpcd.session.fids import Attachment, Fid
@@ -91,7 +91,7 @@ NONSENSE = [
     (frames.WALK, ipc.CALLED, bytes(4)),
     (frames.STAT, ipc.STATTED, b""),
     (frames.STAT, ipc.STATTED, STAT.pack()[:-1]),
-    (frames.STAT, ipc.STATTED, ipc.Ready().pack()),
+    (frames.STAT, ipc.STATTED, ipc.Ready(0).pack()),
     (frames.STAT, ipc.STATTED, ipc.Stat(*(STAT.__dict__ | {"kind": 9}).values()).pack()),
 ]
 
@@ -122,7 +122,7 @@ class Here:
     """A gate in this process, turned by hand."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = Loop()
         self.monitor, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.read, self.write = ipc.packet_pipe()
         self.gate = Gate(self.loop, Config(), None, self.theirs, self.write)
@@ -144,7 +144,7 @@ class Here:
     def close(self) -> None:
         for connection in list(self.gate.connections.values()):
             connection.end()
-        self.loop.remove_reader(self.theirs)
+        self.loop.remove_reader(self.theirs.fileno())
         self.loop.close()
         for each in (self.monitor, self.theirs, *self.clients):
             each.close()

@@ -115,7 +115,7 @@ def test_who_does_not_finish_the_handshake_in_time_is_disconnected(start: Start)
     client = world.connect(handshake=False)
     begin = time.monotonic()
     assert client.over()
-    assert 0.2 < time.monotonic() - begin < 1
+    assert 0.2 < time.monotonic() - begin < 5  # the machine may be busy
 
 
 def test_who_says_nothing_for_long_is_disconnected_unless_something_is_outstanding(start: Start) -> None:

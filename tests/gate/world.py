@@ -29,9 +29,42 @@ from srpcd import ipc
 from tests.gate.client import PATIENCE, Client
 from tests.gate.fake_worker import Worker
 
+STRICT = """
+import os, runpy, sys
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [here]
+sys.path += sys.argv[2:]
+
+import pyseccomp
+from srpcd.gate import sandbox
+
+inside = False
+proofs = iter([0, *[sandbox.EACCES] * (sandbox._landlock_version() > 0), sandbox.EPERM])
+
+def open_something():
+    # The last of the proofs would be deadly.
+    global inside
+    found = next(proofs)
+    inside = found == sandbox.EPERM
+    return found
+
+def look(event, arguments):
+    # Says what it was that wanted something, before the kernel answers.
+    if inside and event in ("import", "open"):
+        os.write(2, f"{event} {arguments[:1]!r} in the sandbox\\n".encode())
+
+sandbox._open_something = open_something
+pyseccomp.ERRNO = lambda errno: pyseccomp.KILL_PROCESS
+sandbox.DEADLY = ()  # everything is
+sys.addaudithook(look)
+runpy.run_path(here + "/srpcd/gate/__main__.py", run_name="__main__")
+"""
+"""The gate's program, in a sandbox that ends it where the real one only says no: what an honest gate does is all allowed."""
+
 UID = 64111 if os.getuid() == 0 else os.getuid()
 GID = 64112 if os.getuid() == 0 else os.getgid()
-PACKAGES = ("OpenSSL", "cryptography", "msgspec", "cffi", "typing_extensions.py")
+PACKAGES = ("OpenSSL", "cryptography", "msgspec", "cffi", "typing_extensions.py", "pyseccomp.py")
 
 
 def copy_code() -> Path:
@@ -48,6 +81,7 @@ def copy_code() -> Path:
             elif source.exists():
                 (place / "site").mkdir(exist_ok=True)
                 shutil.copy(source, place / "site" / name)
+    (place / "strict.py").write_text(STRICT)
     subprocess.run([sys.executable, "-m", "compileall", "-q", place], check=True)
     subprocess.run(["chmod", "-R", "a+rX", place], check=True)
     return place
@@ -77,7 +111,7 @@ def certificate() -> tuple[bytes, bytes]:
 class World:
     """The monitor, and the gate in its care. uname decides the worker; passwords are the uname backwards."""
 
-    def __init__(self, code: Path, kind: str, settings: dict[str, Any] | None = None) -> None:
+    def __init__(self, code: Path, kind: str, settings: dict[str, Any] | None = None, program: str = "strict.py") -> None:
         self.kind = kind
         self.said: list[ipc.Message] = []
         self.workers: dict[int, Worker] = {}
@@ -94,10 +128,12 @@ class World:
         self.clients: list[Client] = []
         self.monitor, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pipe, their_pipe = ipc.packet_pipe()
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        self.pid = self._exec(code, theirs.fileno(), their_pipe)
+        # A pipe, as in the daemon: a gate may not write files (RLIMIT_FSIZE).
+        errors, their_errors = os.pipe()
+        self.stderr = open(errors, "rb")  # noqa: SIM115
+        self.pid = self._exec(code / program, code / "site", theirs.fileno(), their_pipe, their_errors)
         theirs.close()
-        os.close(their_pipe)
+        ipc.close_all((their_pipe, their_errors))
         settings = {"paths": {"tree": "/the/tree"}, "limits": settings or {}}
         fds = []
         if kind == "tls":
@@ -106,7 +142,7 @@ class World:
                 os.write(write, content)
                 os.close(write)
                 fds.append(read)
-        setup = ipc.GateSetup(UID, GID, (), os.getuid() != 0, kind, json.dumps(settings).encode())
+        setup = ipc.GateSetup(UID, GID, (), "", os.getuid() != 0, os.getpid(), kind, json.dumps(settings).encode())
         if os.getuid() != 0:
             setup.groups = tuple(os.getgroups())
         self.tell(setup, fds)
@@ -116,8 +152,8 @@ class World:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def _exec(self, code: Path, sock: int, pipe: int) -> int:
-        gate = [os.path.realpath(sys.executable), "-I", "-S", f"{code}/srpcd/gate/__main__.py", self.kind, f"{code}/site"]
+    def _exec(self, program: Path, site: Path, sock: int, pipe: int, errors: int) -> int:
+        gate = [os.path.realpath(sys.executable), "-I", "-S", str(program), self.kind, str(site)]
         drop = ["setpriv", "--no-new-privs"]
         if os.getuid() == 0:
             drop += [f"--reuid={UID}", f"--regid={GID}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
@@ -127,7 +163,7 @@ class World:
         try:
             os.setsid()
             os.chdir("/")
-            high = [os.dup(fd) for fd in (sock, pipe, self.stderr.fileno()) for _ in range(10)]
+            high = [os.dup(fd) for fd in (sock, pipe, errors) for _ in range(10)]
             for fd, place in ((high[9], 3), (high[19], 4), (high[29], 2)):
                 os.dup2(fd, place)
             os.closerange(5, 4096)
@@ -305,7 +341,6 @@ class World:
         os.close(self.pipe)
         os.close(self._stop)
         self._selector.close()
-        self.stderr.seek(0)
         text = self.stderr.read().decode()
         self.stderr.close()
         return text

@@ -2,9 +2,12 @@
 
 Started by the real monitor in the place of the real gate, with all that a real gate has. The code that a test sends finds
 `ask(message)` and `tell(message)` for the monitor, `heard` (all messages so far, with descriptors), `kept` (to keep
-things in), `conn`, `ipc`, `os`.
+things in), `conn`, `client` (its socket), `ipc`, `os`; `attempt(function)`, `call(number, …)` for system calls; and
+`confine_gate()`, which does what a real gate has done before the first byte of a client.
 """
 
+import ctypes
+import mmap  # noqa: F401  for what tests send
 import os
 import select
 import sys
@@ -14,6 +17,7 @@ from _socket import socket as Socket
 from typing import Any
 
 sys.path[:0] = [sys.argv[1]]
+sys.path += sys.argv[3:]
 
 from srpcd import ipc  # noqa: E402
 
@@ -21,6 +25,8 @@ MONITOR = Socket(fileno=3)
 heard: list[tuple[ipc.Message, list[int]]] = []
 kept: dict[str, object] = {}
 clients: dict[int, tuple[int, Socket]] = {}
+everything, monitor = select.epoll(), select.epoll()  # in the sandbox there is no other way to wait
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 def tell(message: ipc.Message) -> None:
@@ -30,15 +36,19 @@ def tell(message: ipc.Message) -> None:
 
 def listen(seconds: float) -> bool:
     """Take one message from the monitor, if one comes in time."""
-    if not select.select([MONITOR], [], [], seconds)[0]:
+    if not monitor.poll(seconds):
         return False
     received = ipc.receive(MONITOR)
     if received is None:
         os._exit(0)
-    heard.append(received)
     message, fds = received
+    if isinstance(message, ipc.Ping):
+        tell(ipc.Pong())
+        return True
+    heard.append(received)
     if isinstance(message, ipc.Connection):
         clients[fds[0]] = (message.conn, Socket(fileno=fds[0]))
+        everything.register(fds[0], select.EPOLLIN)
         tell(ipc.Taken(message.conn))
     return True
 
@@ -60,24 +70,50 @@ def wait(*kinds: type[ipc.Message], seconds: float = 8.0) -> tuple[ipc.Message, 
             return None
 
 
+def confine_gate() -> None:
+    """Enter the real gate's sandbox, once."""
+    if "sandbox" not in kept:
+        from srpcd.gate import sandbox  # noqa: PLC0415  loads OpenSSL
+
+        kept["sandbox"] = sandbox.enter()
+
+
+def call(number: int, *arguments: int) -> int:
+    """A system call, by number. Raises OSError."""
+    result = libc.syscall(*(ctypes.c_long(each) for each in (number, *arguments)))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(result)
+
+
+def attempt(work: Any) -> Any:
+    """What `work()` returns, or the negative errno."""
+    try:
+        return work()
+    except OSError as fault:
+        return -(fault.errno or 0)
+
+
 def main() -> None:
     """Serve."""
     received = ipc.receive(MONITOR)
     assert received is not None
-    tell(ipc.Ready())
+    for each in (everything, monitor):
+        each.register(MONITOR, select.EPOLLIN)
+    tell(ipc.Ready(0))
     while True:
-        waiting: list[Any] = [MONITOR, *clients]
-        ready, _, _ = select.select(waiting, [], [])
-        if MONITOR in ready:
+        ready = [fd for fd, _events in everything.poll()]
+        if MONITOR.fileno() in ready:
             listen(0)
-        for fd in [each for each in ready if isinstance(each, int)]:
+        for fd in [each for each in ready if each in clients]:
             conn, client = clients[fd]
             code = client.recv(65536)
             if not code:
+                everything.unregister(fd)
                 del clients[fd]
                 client.close()
                 continue
-            scope = {**globals(), "conn": conn, "result": None}
+            scope = {**globals(), "conn": conn, "client": client, "result": None}
             try:
                 exec(code.decode(), scope)
                 answer = repr(scope["result"])

@@ -106,7 +106,7 @@ def workers(daemon: realm.Daemon, user: str) -> list[processes.Process]:
 
 def eventually(what: object, seconds: float = 5.0) -> bool:
     """Whether a condition (a function without arguments) comes true in time."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * realm.PACE
     while not what():  # type: ignore[operator]
         if time.monotonic() > end:
             return False

@@ -111,7 +111,7 @@ def test_it_can_not_answer_the_monitor_in_the_place_of_the_pam_child(daemon: rea
     "message",
     [
         "ipc.Proved()",
-        "ipc.Ready()",
+        "ipc.Ready(0)",
         "ipc.LinesWanted('calc/echo', 1, 1)",
         "ipc.LineGone(1)",
         "ipc.Verdict(conn, 1, 0, '')",
@@ -162,6 +162,25 @@ def test_an_announcement_is_made_with_the_rights_of_whoever_connected(daemon: re
             assert svc.run(code) == "'Announced'"
     finally:
         fifo.unlink()
+
+
+def test_it_can_have_replaced_the_worker_of_nobody_but_whom_it_serves(
+    daemon: realm.Daemon, alice: Puppet, bob: Puppet
+) -> None:
+    attach = "heard.clear(); m = ask(ipc.Attach(conn, 1, 1, '{user}', ''), ipc.Attached)[0]; result = m.session, m.link"
+    resume = "type(ask(ipc.Resume(conn, 9, {session}, {link}), ipc.Attached, ipc.Refused)[0]).__name__"
+    taken = {}
+    for puppet, user in ((alice, "alice"), (bob, "bob")):
+        assert puppet.run(result(PEER, afid=1, user=user, aname="")) == "0"
+        taken[user] = eval(puppet.run(attach.format(user=user)))
+    before = {user: {each.pid for each in stage.workers(daemon, user)} for user in ("alice", "bob")}
+    session, link = taken["bob"]
+    assert alice.run(result(resume, session=session, link=link)) == "'Refused'"
+    session, link = taken["alice"]
+    assert before == {user: {each.pid for each in stage.workers(daemon, user)} for user in ("alice", "bob")}
+    assert alice.run(result(resume, session=session, link=link)) == "'Attached'"
+    assert {each.pid for each in stage.workers(daemon, "alice")} != before["alice"]
+    assert {each.pid for each in stage.workers(daemon, "bob")} == before["bob"]
 
 
 def test_it_has_no_privilege_of_its_own(daemon: realm.Daemon, alice: Puppet) -> None:

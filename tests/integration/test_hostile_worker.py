@@ -195,7 +195,7 @@ def test_a_line_that_it_keeps_after_the_right_was_taken_away_is_of_no_use_for_lo
 @pytest.mark.parametrize(
     "message",
     [
-        "ipc.Ready()",
+        "ipc.Ready(0)",
         "ipc.Proved()",
         "ipc.Attach(1, 1, 1, 'bob', '')",
         "ipc.Authenticate(1, 1, 'peer', 'bob', '')",

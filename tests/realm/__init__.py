@@ -13,13 +13,14 @@ As an ordinary user there is no such place: `enter` then makes a temporary direc
         realm.run_as("alice", ["/bin/ls", "-l", str(daemon.tree)])
 """
 
-from tests.realm.accounts import PEOPLE, Account, account, change, group, password
+from tests.realm.accounts import PEOPLE, Account, account, add, change, group, password
 from tests.realm.acl import grant, strip
 from tests.realm.daemon import Daemon, DaemonFault
 from tests.realm.place import PYTHON, Place, enter, install, missing
-from tests.realm.processes import Process, alive, descendants, fds, finish, popen_as, python, run_as, status, until
+from tests.realm.processes import PACE, Process, alive, descendants, fds, finish, popen_as, python, run_as, status, until
 
 __all__ = [
+    "PACE",
     "PEOPLE",
     "PYTHON",
     "Account",
@@ -28,6 +29,7 @@ __all__ = [
     "Place",
     "Process",
     "account",
+    "add",
     "alive",
     "change",
     "descendants",

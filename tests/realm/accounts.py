@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import grp
 import pwd
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +78,10 @@ def create(store: Path) -> None:
     """Choose numbers for all accounts and put the copied files in place. store: a directory for the copies."""
     for file in ("passwd", "shadow", "group", "shells"):
         _originals[file] = Path("/etc", file).read_text(encoding="utf-8").splitlines()
-    taken = {entry.pw_uid for entry in pwd.getpwall()} | {entry.gr_gid for entry in grp.getgrall()}
-    free = (number for number in range(20_001, 60_000) if number not in taken)
-    free_system = (number for number in range(451, 999) if number not in taken)
     for name in GROUPS:
-        _groups[name] = next(free)
-    for person in PEOPLE:
-        uid = person.uid
-        if uid < 0 or (uid in taken and uid != 0):
-            uid = next(free_system if person.system else free)
-        _accounts[person.name] = dataclasses.replace(person, uid=uid)
-    for name in [*_accounts, "root", "nobody"]:
+        _groups[name] = next(_free(_taken(), system=False))
+    _number(PEOPLE)
+    for name in ("root", "nobody"):
         _hashes[name] = _hash(password(name))
     shells = _originals["shells"]
     mounts.replace(Path("/etc/shells"), "\n".join([*shells, "/bin/sh", "/bin/bash", ""]), store)
@@ -99,6 +93,34 @@ def change(name: str, **fields: Any) -> None:
     """Change an account, from now on and for all look-ups: `change("alice", groups=("staff2",), expired=True)`."""
     _accounts[name] = dataclasses.replace(_accounts[name], **fields)
     _write()
+
+
+def add(people: Iterable[Account]) -> None:
+    """Add accounts, from now on and for all look-ups. They get no home directory."""
+    _number(people)
+    _write()
+
+
+def _number(people: Iterable[Account]) -> None:
+    """Choose numbers and make password hashes."""
+    taken = _taken()
+    free, free_system = _free(taken, system=False), _free(taken, system=True)
+    for person in people:
+        uid = person.uid
+        if uid < 0 or (uid in taken and uid != 0):
+            uid = next(free_system if person.system else free)
+        _accounts[person.name] = dataclasses.replace(person, uid=uid)
+        _hashes[person.name] = _hash(password(person.name))
+
+
+def _taken() -> set[int]:
+    """Numbers that somebody has: outside, or in the realm."""
+    outside = {entry.pw_uid for entry in pwd.getpwall()} | {entry.gr_gid for entry in grp.getgrall()}
+    return outside | {each.uid for each in _accounts.values()} | set(_groups.values())
+
+
+def _free(taken: set[int], *, system: bool) -> Iterator[int]:
+    return (number for number in (range(451, 999) if system else range(20_001, 60_000)) if number not in taken)
 
 
 def _write() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.realm import accounts, place, processes
+from tests.realm import accounts, labels, place, processes
 from tests.realm.processes import Process
 
 READY_TIMEOUT = 20.0
@@ -60,8 +60,13 @@ class Daemon:
         self._programs = {role: self._copied(script) for role, script in (programs or {}).items()}
         self._process: subprocess.Popen[bytes] | None = None
         self._left: list[Process] = []
-        for directory_ in (self.directory, self.tree):
+        kinds = {self.directory: labels.TESTS, self.tree: "srpc_tree_t"}
+        if labels.ON and user is None:
+            # On a system these are there, with their labels, before the daemon is started for the first time.
+            kinds |= {self.runtime: "srpc_runtime_t", self.directory / "keys": "srpc_var_lib_t"}
+        for directory_, kind in kinds.items():
             place.make_directories(directory_)
+            labels.label(directory_, kind)
         if user is not None:
             who = accounts.account(user)
             for directory_ in (self.directory, self.tree):
@@ -90,6 +95,7 @@ class Daemon:
             lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
         self.file.write_text("\n".join([*lines, ""]), encoding="utf-8")
         self.file.chmod(0o644)
+        labels.label(self.file, "srpc_conf_t")
 
     @property
     def address(self) -> str:
@@ -126,7 +132,7 @@ class Daemon:
         stream = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         # Only the monitor gets the path: what it starts has to find its own.
         environment = {"PYTHONPATH": os.pathsep.join(self._place.path)} | self._environment
-        command = [place.PYTHON, "-P", "-s", *self._start_code(), "--config", str(self.file)]
+        command = [*self._start_command(), "--config", str(self.file)]
         try:
             self._process = processes.popen_as(self.user, command, env=environment, stdout=stream, stderr=stream)
         finally:
@@ -139,6 +145,20 @@ class Daemon:
         target = self._place.root / "programs" / script.name
         place.install(target, script.read_text(encoding="utf-8"), 0o644)
         return str(target)
+
+    def _start_command(self) -> list[str]:
+        if labels.ON and self.user is None:
+            return ["runcon", labels.DAEMON, *self._labelled_program()]
+        return [place.PYTHON, "-P", "-s", *self._start_code()]
+
+    def _labelled_program(self) -> list[str]:
+        """The way into the daemon's domain: the installed program, or one with our start code and the same label."""
+        if not self._programs:
+            return [labels.PROGRAM]
+        code = self._start_code()[1]
+        program = place.install(self.directory / "srpcd", f"#!/usr/lib/srpc/bin/python3 -I\n{code}", 0o755)
+        labels.label(program, "srpcd_exec_t")
+        return [str(program)]
 
     def _start_code(self) -> list[str]:
         if not self._programs:
@@ -173,7 +193,7 @@ class Daemon:
 
     def wait_event(self, event: str, timeout: float = 5, count: int = 1, **fields: object) -> dict[str, Any]:
         """The `count`-th such event, when it is there. Raises DaemonFault after `timeout` seconds, or when it ends."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * processes.PACE
         while len(found := self.events(event, **fields)) < count:
             ended = not self.running
             if (ended and len(self.events(event, **fields)) < count) or time.monotonic() > deadline:
@@ -197,7 +217,7 @@ class Daemon:
         """Wait for its end; its status."""
         if not self._process:
             raise DaemonFault("it was not started")
-        return self._process.wait(timeout)
+        return self._process.wait(timeout * processes.PACE)
 
     def stop(self, timeout: float = 20) -> None:
         """SIGTERM, as the system's manager would; and look that nothing is left. Raises DaemonFault where something is."""
@@ -225,7 +245,7 @@ class Daemon:
         if self.running:
             self._process.send_signal(number)
         try:
-            self._process.wait(timeout)
+            self._process.wait(timeout * processes.PACE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from tests.realm import labels
+
 CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 PR_SET_CHILD_SUBREAPER = 36
@@ -44,13 +46,14 @@ def bind(source: Path, target: Path, readonly: bool = False) -> None:
 
 
 def replace(target: Path, text: str, store: Path) -> None:
-    """Let the file `target` be another one with `text`, of the same owner and mode. Readers see the one or the other."""
+    """Let the file `target` be another one with `text`, and the same owner, mode and label. Readers see one or the other."""
     facts = target.stat()
     fd, name = tempfile.mkstemp(prefix=f"{target.name}.", dir=store)
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write(text)
         os.fchown(fd, facts.st_uid, facts.st_gid)
         os.fchmod(fd, facts.st_mode & 0o7777)
+    labels.copy(target, Path(name))
     bind(Path(name), target)
 
 

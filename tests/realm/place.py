@@ -12,14 +12,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.realm import accounts, mounts
+from tests.realm import accounts, labels, mounts
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 PYTHON: str = getattr(sys, "_base_executable", sys.executable)
 """The interpreter below the virtual environment: other users can reach it, and it has no site-packages of ours."""
 
-DEPENDENCIES = ("OpenSSL", "cryptography", "_cffi_backend", "msgspec", "pam", "six", "click", "rich")
+DEPENDENCIES = ("OpenSSL", "cryptography", "_cffi_backend", "msgspec", "pam", "pyseccomp", "six", "click", "rich")
 
 PAM_SERVICES = {
     # Plain, so that a login does what is here and nothing else (common-auth may ask a directory service).
@@ -115,9 +115,11 @@ def _mount_point() -> Path:
 def _private(root: Path) -> Place:
     sites = _sites()
     mounts.tmpfs(root)
+    labels.label(root, "var_t")
     for name, mode in (("store", 0o700), ("home", 0o755), ("tmp", 0o1777), ("code", 0o755), ("pam.d", 0o755)):
         (root / name).mkdir()
         (root / name).chmod(mode)
+        labels.label(root / name, labels.TESTS)
     nscd = Path("/run/nscd")  # a cache that knows the accounts of outside
     if nscd.is_dir():
         mounts.tmpfs(nscd)
@@ -126,15 +128,9 @@ def _private(root: Path) -> Place:
         home = root / "home" / person.name
         home.mkdir(0o700)
         os.chown(home, accounts.account(person.name).uid, accounts.account(person.name).gid)
-    module = _compile_module(root)
+    module = compile_module(root / "pam_twostep.so")
     _pam_services(root / "pam.d", module)
-    code = root / "code"
-    for package in ("srpcd", "srpc_client"):
-        shutil.copytree(CHECKOUT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    if (CHECKOUT / "docs/examples").is_dir():
-        shutil.copytree(CHECKOUT / "docs/examples", code / "examples")
-    _open_up(code)
-    subprocess.run([PYTHON, "-I", "-m", "compileall", "-q", str(code / "srpcd"), str(code / "srpc_client")], check=True)
+    code = _installed() or _copied_code(root / "code")
     seen = []
     for number, site in enumerate(sites):
         # A bind mount: the packages can be reached though they lie in a directory that is closed for others.
@@ -144,6 +140,24 @@ def _private(root: Path) -> Place:
         seen.append(target)
     _use_for_temporary_files(root / "tmp")
     return Place(True, root, code, tuple(seen), root / "tmp", module)
+
+
+def _installed() -> Path | None:
+    """The directory of the installed product's code, where it is not the checkout's: in the virtual machine."""
+    spec = importlib.util.find_spec("srpcd")
+    found = Path(spec.origin).parent.parent if spec and spec.origin else CHECKOUT
+    return None if found == CHECKOUT else found
+
+
+def _copied_code(code: Path) -> Path:
+    """The checkout's code where other users can read it."""
+    for package in ("srpcd", "srpc_client"):
+        shutil.copytree(CHECKOUT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    if (CHECKOUT / "docs/examples").is_dir():
+        shutil.copytree(CHECKOUT / "docs/examples", code / "examples")
+    _open_up(code)
+    subprocess.run([PYTHON, "-I", "-m", "compileall", "-q", str(code / "srpcd"), str(code / "srpc_client")], check=True)
+    return code
 
 
 def _sites() -> tuple[Path, ...]:
@@ -169,16 +183,17 @@ def _open_up(directory: Path) -> None:
             path.chmod(0o755 if path.is_dir() or mode & 0o100 else 0o644)
 
 
-def _compile_module(root: Path) -> Path | None:
+def compile_module(module: Path) -> Path | None:
+    """A PAM module of the source here that has its name; None where there is no compiler."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     libpam = next(iter(glob.glob("/lib/*/libpam.so.0") + glob.glob("/lib*/libpam.so.0")), None)
     if not compiler or not libpam:
         return None
-    module = root / "pam_twostep.so"
-    source = Path(__file__).with_name("pam_twostep.c")
+    source = Path(__file__).with_name(f"{module.stem}.c")
     command = [compiler, "-shared", "-fPIC", "-nostdlib", "-Wall", "-Wextra", "-Wno-builtin-declaration-mismatch"]
     subprocess.run([*command, "-o", str(module), str(source), libpam], check=True)
     module.chmod(0o644)
+    labels.label(module, "lib_t")
     return module
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from tests.realm import accounts, place
 
+PACE = float(os.environ.get("SRPC_TEST_PACE", "1"))
+"""How many times longer than usual anything may take: in an emulated machine. It is in all timeouts of the realm."""
+
 LIVE = {"R", "S", "D", "T", "t", "I"}
 
 _started: list[subprocess.Popen[bytes]] = []
@@ -54,7 +57,7 @@ def run_as(
     """
     process = popen_as(user, command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        stdout, stderr = process.communicate(input, timeout)
+        stdout, stderr = process.communicate(input, timeout * PACE)
     except subprocess.TimeoutExpired:
         kill_group(process)
         stdout, stderr = process.communicate()
@@ -112,7 +115,7 @@ def finish(process: subprocess.Popen[bytes], timeout: float = 5) -> int:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(timeout)
+            process.wait(timeout * PACE)
         except subprocess.TimeoutExpired:
             kill_group(process)
     status = process.wait()
@@ -143,7 +146,7 @@ def still_running() -> list[subprocess.Popen[bytes]]:
 
 def until(condition: Callable[[], object], timeout: float = 5, step: float = 0.01) -> bool:
     """Wait until `condition()` holds; False where it does not within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * PACE
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -203,7 +206,7 @@ def _role(command: Sequence[str]) -> tuple[str, str]:
                 return role, command[at + 1] if at + 1 < len(command) else ""
         if word.endswith("/pamchild.py"):
             return "authenticate", ""
-        if word == "srpcd" and command[at - 1] == "-m":
+        if word.endswith("/srpcd") or (word == "srpcd" and command[at - 1] == "-m"):
             return "monitor", ""
     return "other", " ".join(command).strip()
 

@@ -172,6 +172,18 @@ def test_a_directory_that_may_not_be_read_has_no_children_and_says_so(tree: Path
     gate.walk("d/e")
 
 
+@needs_root
+def test_stat_tells_the_label_that_a_file_has_if_any(tree: Path, gate: "Gate") -> None:
+    (tree / "d").mkdir()
+    assert gate.stat("").context == "" or Path("/sys/fs/selinux/enforce").exists()
+    label = "system_u:object_r:srpc_tree_t:s0:c1"
+    try:
+        os.setxattr(tree / "d", "security.selinux", label.encode() + b"\0")
+    except OSError:
+        pytest.skip("needs a file system for temporary files that keeps labels, and a policy that knows this one")
+    assert gate.stat("d").context == label
+
+
 def test_stat_of_another_file_than_the_fids_is_stale(tree: Path, gate: "Gate") -> None:
     (tree / "d").mkdir()
     dev, ino, _kind = gate.walk("d")
