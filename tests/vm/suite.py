@@ -1,0 +1,179 @@
+"""`make test-vm`: the tests that run inside, in two machines at a time; their results and logs are brought back."""
+
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.vm import image, machine, states
+
+RESULTS = image.CACHE / "results"
+INSIDE = "/root/srpc"
+"""Where the tests lie in the machine: laid out as the checkout, without the product's code."""
+TREES = ("tests", "docs", "systemd", "policy")
+FILES = ("pyproject.toml", "README.md")
+PRODUCT = "/usr/lib/srpc/lib/python3.11/site-packages"
+"""Where the package puts the product's modules, and those that they need."""
+
+PACE = 10
+"""How many times longer than usual things may take (see tests/realm/processes.py)."""
+
+FUNCTIONAL = ("tests/integration/test_kernel_decides.py",)
+"""Of the functional suite: what does not go by the clock, in every branch of what the daemon does."""
+
+TIMEOUT = 900.0
+"""Seconds for the tests of one machine, then it is ended."""
+
+LOGS = {
+    "journal.txt": "journalctl --no-pager --no-hostname --output=short-precise",
+    "audit.log": "cat /var/log/audit/audit.log",
+    "processes.txt": "ps axfZ -o label,pid,user,stat,args",
+}
+
+
+@dataclass
+class Part:
+    """Tests for one machine.
+
+    runs: what to tell pytest, each for one run of it. bare: the package is not installed, the tests do that. counts: what
+    came of them, by pytest's words.
+    """
+
+    name: str
+    runs: tuple[tuple[str, ...], ...]
+    bare: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+# These are about the whole system, and nothing for the realm's mount namespace, which the other conftest.py enters.
+GUEST = ("--confcutdir=tests/vm/guest",)
+PACKAGE, BROKEN = "tests/vm/guest/test_package.py", "tests/vm/guest/test_broken_policy.py"
+
+
+def parts() -> list[Part]:
+    """All there are."""
+    return [
+        Part("package", ((*GUEST, PACKAGE),), bare=True),
+        Part("system", ((*GUEST, "tests/vm/guest", f"--ignore={PACKAGE}", f"--ignore={BROKEN}"),)),
+        Part("functional", (FUNCTIONAL, (*GUEST, BROKEN))),
+    ]
+
+
+def run(only: Sequence[str], keep: bool, arguments: Sequence[str]) -> int:
+    """Run the tests. only: names of parts; none: all. keep: leave the machines up. arguments: for pytest. The status."""
+    started = time.monotonic()
+    built = package()
+    chosen = [each for each in parts() if not only or each.name in only]
+    if not chosen:
+        raise machine.MachineFault(f"no such part; there are {', '.join(each.name for each in parts())}")
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    threads = [threading.Thread(target=_run, args=(each, built, keep, arguments)) for each in chosen]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    total: dict[str, int] = {}
+    for part in chosen:
+        for word, count in part.counts.items():
+            total[word] = total.get(word, 0) + count
+        for fault in part.faults:
+            print(f"{part.name}: {fault}", file=sys.stderr)
+    print(f"results and logs: {RESULTS.relative_to(image.CHECKOUT)}")
+    failed = any(part.faults for part in chosen) or not total.get("passed")
+    words = ", ".join(f"{total[word]} {word}" for word in ("failed", "passed", "skipped", "errors") if total.get(word))
+    print(f" {words or 'no tests ran'} in {time.monotonic() - started:.2f}s ".center(80, "="))
+    return int(failed)
+
+
+def package() -> Path:
+    """The newest package that `make deb` has built. Raises MachineFault where there is none."""
+    found = sorted((image.CHECKOUT / "dist").glob("srpc_*.deb"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise machine.MachineFault("there is no package in dist: make deb")
+    return found[-1]
+
+
+def _run(part: Part, package: Path, keep: bool, more: Sequence[str]) -> None:
+    results = RESULTS / part.name
+    results.mkdir(parents=True)
+    vm = machine.Machine(f"test-{part.name}")
+    try:
+        vm.down()
+        vm.up(states.booted() if part.bare else states.installed(package))
+        for tree in TREES:
+            vm.put(image.CHECKOUT / tree, f"{INSIDE}/{tree}", exclude=("__pycache__", "./tmp"))
+        for file in FILES:
+            vm.put(image.CHECKOUT / file, f"{INSIDE}/{file}")
+        vm.put(package, f"{INSIDE}/dist/{package.name}")
+        for number, arguments in enumerate(part.runs, 1):
+            _pytest(part, vm, results, str(number), (*arguments, *more))
+    except (image.ImageFault, machine.MachineFault, OSError) as fault:
+        part.faults.append(str(fault))
+    finally:
+        _end(part, vm, results, keep)
+
+
+def _pytest(part: Part, vm: machine.Machine, results: Path, name: str, arguments: Sequence[str]) -> None:
+    junit, output = f"junit-{name}.xml", results / f"output-{name}.txt"
+    options = f"-p no:cacheprovider -p tests.vm.guest.denials --junitxml={junit}"
+    words = " ".join(map(machine.quoted, arguments))
+    settings = f"PYTHONPATH={PRODUCT}:/{image.SITE} PYTHONDONTWRITEBYTECODE=1 CI=1 SRPC_TEST_PACE={PACE}"
+    status = _stream(
+        part, vm, f"cd {INSIDE} && {settings} /usr/bin/python3 -X faulthandler -m pytest {options} {words}", output
+    )
+    if status:
+        part.faults.append(f"pytest's status is {status}")
+    vm.get(f"{INSIDE}/{junit}", results / junit)
+    for word, count in _counts(output).items():
+        part.counts[word] = part.counts.get(word, 0) + count
+
+
+def _end(part: Part, vm: machine.Machine, results: Path, keep: bool) -> None:
+    """Bring the logs out, however it went, and end the machine."""
+    try:
+        if vm.running:
+            for name, command in LOGS.items():
+                with open(results / name, "wb") as file:
+                    vm.ssh([command], stdout=file, stderr=subprocess.STDOUT, timeout=60)
+    except (OSError, subprocess.SubprocessError) as fault:
+        part.faults.append(f"no logs: {fault}")
+    if keep:
+        _say(part, f"it is kept: python -m tests.vm run {vm.name} -- COMMAND")
+    else:
+        vm.down()
+    if vm.serial.exists():
+        shutil.copy(vm.serial, results / "serial.log")
+
+
+def _stream(part: Part, vm: machine.Machine, command: str, log: Path) -> int:
+    """Run a command, and show what it prints as it comes; its status, 124 where it took too long."""
+    process = vm.popen([command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    late = threading.Timer(TIMEOUT, process.kill)
+    late.start()
+    try:
+        with open(log, "wb") as file:
+            for line in process.stdout or ():
+                file.write(line)
+                _say(part, line.decode(errors="replace").rstrip())
+        status = process.wait()
+    finally:
+        late.cancel()
+    return status if status >= 0 else 124
+
+
+def _say(part: Part, text: str) -> None:
+    print(f"{part.name}| {text}", flush=True)
+
+
+def _counts(output: Path) -> dict[str, int]:
+    """What pytest's last line says."""
+    last = [
+        line for line in output.read_text(errors="replace").splitlines() if re.fullmatch(r"=+ .* in [0-9.]+s.* =+", line)
+    ]
+    return {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last[-1] if last else "")}
