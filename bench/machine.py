@@ -22,6 +22,7 @@ def describe() -> dict[str, str]:
         "openssl": SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode("ascii", "replace"),
         "pyOpenSSL": version("pyOpenSSL"),
         "grpcio": version("grpcio") or "not installed",
+        "asyncvarlink": version("asyncvarlink") or "not installed",
         "load before": f"{one:.2f}",
     }
 

@@ -1,13 +1,31 @@
-"""Tables for people."""
+"""Tables, for people at a terminal and for the document: the same cells in both."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Table as Shown
 
-from bench.plan import CONTENDERS, GOALS, WORKLOADS
-from bench.results import Results, Spread
+from bench.results import Grid, Results, Section, Spread
 
-CONSOLE_WIDTH = 110
+CONSOLE_WIDTH = 150
 """Where the output is no terminal."""
+
+
+NO_TLS = (
+    "Without root there is no password to log in with, so no TLS: all contenders use Unix sockets, whatever they are called."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text. note: below it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
 
 
 def console() -> Console:
@@ -16,84 +34,119 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=CONSOLE_WIDTH)
 
 
+# --- cells -------------------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """With three digits that mean something, and thousands apart."""
+    if value == 0:
+        return "0"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def spread(values: list[float]) -> str:
+    """The median, and between which values it lies where there are several."""
+    if not values:
+        return "-"
+    found = Spread.of(values)
+    if found.least == found.most:
+        return number(found.median)
+    return f"{number(found.median)} ({number(found.least)} to {number(found.most)})"
+
+
+def tables(section: Section) -> Iterator[Table]:
+    """All grids of a section, each with its ratios."""
+    for grid in section.grids:
+        if grid.cells:
+            yield _cells(grid)
+        ratios = [(ours, theirs) for ours, theirs in grid.ratios if ours in grid.cells and theirs in grid.cells]
+        if ratios:
+            yield _ratios(grid, ratios)
+
+
+def _cells(grid: Grid) -> Table:
+    columns = grid.columns
+    rows = [[row, *(spread(grid.values(row, column)) for column in columns)] for row in grid.cells]
+    unit = f" ({grid.unit})" if grid.unit and [grid.unit] != columns else ""
+    return Table(f"{grid.title}{unit}", [grid.label, *columns], rows, grid.note)
+
+
+def _ratios(grid: Grid, ratios: list[tuple[str, str]]) -> Table:
+    rows = []
+    for ours, theirs in ratios:
+        cells = []
+        for column in grid.columns:
+            mine, other = grid.median(ours, column), grid.median(theirs, column)
+            cells.append(f"{mine / other:.2f}" if mine and other else "-")
+        rows.append([f"{ours} / {theirs}", *cells])
+    return Table("Ratios of these medians", ["", *grid.columns], rows)
+
+
+def goals(results: Results) -> Table:
+    """Goal by goal, what was found."""
+    rows = []
+    for verdict in results.verdicts():
+        found = "-" if verdict.found is None else f"{number(verdict.found)} {verdict.unit}"
+        met = {True: "met", False: "NOT MET", None: "not measured"}[verdict.met]
+        rows.append([verdict.number, verdict.goal, found, met, verdict.detail])
+    return Table("Goals", ["", "goal", "found", "", "spread"], rows, "Ratios are those of the medians of one run.")
+
+
+def left_out(section: Section) -> Iterator[str]:
+    """Sentences about what is missing from a section."""
+    for why in dict.fromkeys(section.missing.values()):
+        yield f"Left out: {', '.join(name for name, each in section.missing.items() if each == why)}: {why}."
+    yield from section.notes
+    if section.failure:
+        yield f"This section could not be finished: {section.failure.strip().splitlines()[-1]}"
+
+
+def machine(results: Results) -> str:
+    """One sentence."""
+    return ", ".join(f"{name} {value}" for name, value in results.machine.items())
+
+
+# --- a terminal --------------------------------------------------------------------------------------------------------
+
+
 def show(results: Results, out: Console) -> None:
     """Print all of it."""
-    out.print()
-    out.print("[bold]Machine[/]: " + ", ".join(f"{name} {value}" for name, value in results.machine.items()))
-    out.print(
-        f"[bold]Method[/]: echo over {results.transport}; {results.rounds} rounds of"
-        f" {results.seconds:g} s for each, interleaved; median (least to most)."
-    )
+    out.print(f"\n[bold]Machine[/]: {escape(machine(results))}")
     if results.transport != "TLS":
-        out.print("[yellow]Without root there is no password to log in with, so no TLS: all contenders use Unix sockets.[/]")
-    out.print(_rates(results))
-    for why in sorted(set(results.missing.values())):
-        out.print(f"[yellow]Left out: {', '.join(n for n, each in results.missing.items() if each == why)}: {why}.[/]")
-    if results.missing:
-        out.print("[yellow]`make bench` installs it; by hand: pip install -e '.\\[bench]'.[/]")
-    if results.workers:
-        out.print(_workers(results))
-    out.print(_goals(results))
+        out.print(f"[yellow]{NO_TLS}[/]")
+    for section in results.sections:
+        out.print(f"\n[bold]{section.title}[/] ({section.name}, {section.seconds:.0f} s)")
+        for table in tables(section):
+            _print(table, out)
+        for sentence in left_out(section):
+            out.print(f"[yellow]{escape(sentence)}[/]")
+    out.print()
+    _print(goals(results), out)
 
 
-def _rates(results: Results) -> Table:
-    table = Table(title="Echo of 64 bytes", title_justify="left")
-    table.add_column("")
-    for workload in WORKLOADS:
-        table.add_column(f"{workload.name}\ncalls/s", justify="right")
-        table.add_column("µs/call", justify="right")
-        table.add_column("ratio", justify="right")
-    for contender in CONTENDERS:
-        row = [contender.name]
-        for workload in WORKLOADS:
-            rates = results.rates(contender.name, workload.name)
-            if not rates:
-                row += ["-", "-", "-"]
-                continue
-            spread = Spread.of(rates)
-            row.append(f"{spread.median:,.0f} ({spread.least:,.0f} to {spread.most:,.0f})")
-            row.append(f"{1e6 / spread.median:,.0f}")
-            row.append(_against(results, contender.name, workload.name))
-        table.add_row(*row)
-    table.caption = (
-        "ratio: blocking callers to grpcio synchronous, asyncio callers to grpc.aio; handlers: blocking.serve but where said"
-    )
-    table.caption_justify = "left"
-    return table
+def _print(table: Table, out: Console) -> None:
+    shown = Shown(title=escape(table.title), title_justify="left", caption=escape(table.note), caption_justify="left")
+    for at, heading in enumerate(table.header):
+        shown.add_column(escape(heading), justify="left" if at == 0 or not _is_number(table, at) else "right")
+    for row in table.rows:
+        bad = "NOT MET" in row
+        shown.add_row(*(escape(cell) for cell in row), style="bold red" if bad else None)
+    out.print(shown)
 
 
-def _against(results: Results, contender: str, workload: str) -> str:
-    peers = {goal.contender: goal.against for goal in GOALS}
-    peer = peers.get(contender.partition(",")[0], "")
-    ratio = results.ratio(workload, contender, peer) if peer else None
-    return f"{ratio[0]:.2f}" if ratio else ""
+def _is_number(table: Table, at: int) -> bool:
+    return all(row[at][:1].isdigit() or row[at] in ("", "-") for row in table.rows)
 
 
-def _workers(results: Results) -> Table:
-    cost = results.workers
-    assert cost is not None
-    table = Table(title="Workers", title_justify="left", show_header=False)
-    cold, warm = Spread.of(cost.attach_cold), Spread.of(cost.attach_warm)
-    table.add_row("processes that a user's second session made", f"{cost.more}")
-    table.add_row("attach that starts a worker", f"{cold.median:.1f} ms ({cold.least:.1f} to {cold.most:.1f})")
-    table.add_row("attach to a running worker", f"{warm.median:.1f} ms ({warm.least:.1f} to {warm.most:.1f})")
-    table.add_row("start of a worker: the difference", f"{cost.start:.1f} ms")
-    empty = Spread.of(cost.interpreter)
-    table.add_row("an empty python3 -I -S, for comparison", f"{empty.median:.1f} ms ({empty.least:.1f} to {empty.most:.1f})")
-    if cost.pss:
-        pss = Spread.of(cost.pss)
-        table.add_row(f"PSS of {len(cost.pss)} worker(s)", f"{pss.median:.2f} MB ({pss.least:.2f} to {pss.most:.2f})")
-    else:
-        table.add_row("PSS", cost.unread)
-    return table
+# --- Markdown ----------------------------------------------------------------------------------------------------------
 
 
-def _goals(results: Results) -> Table:
-    table = Table(title="Goals, in this run", title_justify="left")
-    for heading in ("", "goal", "measured", ""):
-        table.add_column(heading)
-    for verdict in results.verdicts():
-        mark = {True: "[green]met[/]", False: "[bold red]NOT MET[/]", None: "[yellow]not measured[/]"}[verdict.met]
-        shown = "" if verdict.measured is None else f"{verdict.measured:.4g} {verdict.unit}"
-        table.add_row(mark, verdict.goal, shown, verdict.detail)
-    return table
+def markdown(table: Table) -> str:
+    """A table as the document has it, with its title and note."""
+    aligned = [" ---: " if at and _is_number(table, at) else " --- " for at in range(len(table.header))]
+    lines = [f"**{table.title}**", "", f"| {' | '.join(table.header)} |", f"|{'|'.join(aligned)}|"]
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table.rows]
+    if table.note:
+        lines += ["", table.note]
+    return "\n".join(lines)

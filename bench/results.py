@@ -1,22 +1,14 @@
-"""What came out: samples, and the medians, spreads and ratios that are made of them."""
+"""What came out: samples in grids, and the medians, spreads, ratios and verdicts that are made of them."""
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.plan import GOALS, PSS_MB, START_MS, Goal
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Calls per second of one contender with one workload in one round."""
-
-    contender: str
-    workload: str
-    round: int
-    rate: float
+from bench.plan import Extent, Goal, Value, goals
+from bench.programs.driver import bucket_ns
 
 
 @dataclass(frozen=True)
@@ -34,95 +26,151 @@ class Spread:
         return cls(statistics.median(found), min(found), max(found))
 
 
+@dataclass
+class Grid:
+    """Samples of one kind in one unit: rows (contenders, mostly) by columns (workloads, mostly).
+
+    ratios: pairs of rows whose ratio is shown. note: a sentence or more below the table. label: of the rows.
+    """
+
+    name: str
+    title: str
+    unit: str
+    note: str = ""
+    label: str = ""
+    ratios: Sequence[tuple[str, str]] = ()
+    cells: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def add(self, row: str, column: str, *values: float) -> None:
+        """Add samples."""
+        self.cells.setdefault(row, {}).setdefault(column, []).extend(values)
+
+    def values(self, row: str, column: str) -> list[float]:
+        """The samples, round by round; empty where it was not measured."""
+        return self.cells.get(row, {}).get(column, [])
+
+    def median(self, row: str, column: str) -> float | None:
+        """None where it was not measured."""
+        values = self.values(row, column)
+        return statistics.median(values) if values else None
+
+    @property
+    def columns(self) -> list[str]:
+        """In the order in which they came."""
+        return list(dict.fromkeys(column for row in self.cells.values() for column in row))
+
+
+@dataclass
+class Section:
+    """What one part of the bench found. missing: row to why it was left out. failure: why it could not be finished.
+
+    latencies: by contender, histograms (`bench.programs.driver.BUCKET`) of calls made one at a time.
+    """
+
+    name: str
+    title: str
+    grids: list[Grid] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    latencies: dict[str, Counter[int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    failure: str = ""
+    seconds: float = 0.0
+
+    def grid(self, name: str, title: str, unit: str, **more: Any) -> Grid:
+        """Begin a grid."""
+        made = Grid(name, title, unit, **more)
+        self.grids.append(made)
+        return made
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a goal is met in this run. measured: None where it could not be measured; `detail` then says why."""
+    """Whether a goal is met in this run. found: None where it could not be measured; `detail` then says why."""
 
+    number: str
     goal: str
-    measured: float | None
+    found: float | None
     unit: str
     met: bool | None
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class WorkerCost:
-    """What workers cost.
-
-    more: processes that the second session of a user made. attach_cold, attach_warm: ms of an attach that starts a
-    worker, and of one that finds it running. interpreter: ms of an
-    empty `python3 -I -S`, for comparison. pss: MB of each worker, empty where it could not be read, and `unread` why.
-    """
-
-    more: int
-    attach_cold: tuple[float, ...]
-    attach_warm: tuple[float, ...]
-    interpreter: tuple[float, ...]
-    pss: tuple[float, ...]
-    unread: str = ""
-
-    @property
-    def start(self) -> float:
-        """ms that the start of a worker takes: what it adds to an attach."""
-        return statistics.median(self.attach_cold) - statistics.median(self.attach_warm)
-
-
 @dataclass
 class Results:
-    """One run. transport: what callers and servers had between them. missing: contender to why it was left out."""
+    """One run. transport: what callers and servers had between them."""
 
     machine: dict[str, str]
     transport: str
-    rounds: int
-    seconds: float
-    samples: list[Sample] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-    workers: WorkerCost | None = None
+    extent: Extent
+    sections: list[Section] = field(default_factory=list)
 
-    def rates(self, contender: str, workload: str) -> list[float]:
-        """Calls per second, round by round."""
-        return [each.rate for each in self.samples if (each.contender, each.workload) == (contender, workload)]
+    def grid(self, name: str) -> Grid | None:
+        """The grid of this name, None where it was not measured."""
+        return next((each for section in self.sections for each in section.grids if each.name == name), None)
 
-    def ratio(self, workload: str, contender: str, against: str) -> tuple[float, Spread] | None:
-        """(ratio of the medians, spread of the ratios round by round); None where one of the two was not measured."""
-        ours, theirs = self.rates(contender, workload), self.rates(against, workload)
-        if not ours or not theirs:
-            return None
-        pairs = Spread.of(a / b for a, b in zip(ours, theirs, strict=True))
-        return statistics.median(ours) / statistics.median(theirs), pairs
+    def values(self, value: Value) -> list[float]:
+        """Samples; empty where it was not measured."""
+        grid = self.grid(value.grid)
+        return grid.values(value.row, value.column) if grid else []
 
-    def verdicts(self, goals: Sequence[Goal] = GOALS) -> list[Verdict]:
+    def verdicts(self) -> list[Verdict]:
         """All goals, met or not."""
-        found = []
-        for goal in goals:
-            sentence = f"{goal.workload}: {goal.contender} at least {goal.bound:g} times {goal.against}"
-            ratio = self.ratio(goal.workload, goal.contender, goal.against)
-            if ratio is None:
-                why = self.missing.get(goal.against) or self.missing.get(goal.contender, "not measured")
-                found.append(Verdict(sentence, None, "times", None, why))
-            else:
-                detail = f"{ratio[1].least:.2f} to {ratio[1].most:.2f} by round"
-                found.append(Verdict(sentence, ratio[0], "times", ratio[0] >= goal.bound, detail))
-        if self.workers:
-            cost = self.workers
-            found.append(Verdict("second session of a user: no new process", cost.more, "processes", cost.more == 0))
-            sentence = f"a worker starts in under {START_MS:g} ms"
-            detail = f"an empty interpreter: {statistics.median(cost.interpreter):.1f} ms"
-            found.append(Verdict(sentence, cost.start, "ms", cost.start < START_MS, detail))
-            sentence = f"a worker costs under {PSS_MB:g} MB (PSS)"
-            if cost.pss:
-                most = max(cost.pss)
-                found.append(Verdict(sentence, most, "MB", most < PSS_MB, f"the largest of {len(cost.pss)}"))
-            else:
-                found.append(Verdict(sentence, None, "MB", None, cost.unread))
-        return found
+        return [self._verdict(goal) for goal in goals(self.extent)]
+
+    def _verdict(self, goal: Goal) -> Verdict:
+        ours = self.values(goal.value)
+        theirs = self.values(goal.against) if goal.against else [1.0]
+        if not ours or not theirs:
+            return Verdict(goal.number, goal.sentence, None, goal.unit, None, self._why(goal))
+        found = statistics.median(ours) / statistics.median(theirs)
+        met = found >= goal.bound if goal.least else found <= goal.bound
+        detail = ""
+        if goal.against and len(ours) == len(theirs) > 1:
+            pairs = Spread.of(a / b for a, b in zip(ours, theirs, strict=True))
+            detail = f"{pairs.least:.2f} to {pairs.most:.2f} by round"
+        elif len(ours) > 1:
+            spread = Spread.of(ours)
+            detail = f"{spread.least:.3g} to {spread.most:.3g}"
+        return Verdict(goal.number, goal.sentence, found, goal.unit or "times", met, detail)
+
+    def _why(self, goal: Goal) -> str:
+        rows = [goal.value.row, *([goal.against.row] if goal.against else [])]
+        for section in self.sections:
+            for row in rows:
+                if row in section.missing:
+                    return section.missing[row]
+        wanted = {goal.value.grid, *([goal.against.grid] if goal.against else [])}
+        failed = [each for each in self.sections if each.failure and not wanted <= {grid.name for grid in each.grids}]
+        return "its section failed" if failed else "not measured in this run"
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it: all samples, and what was made of them."""
         found = dataclasses.asdict(self)
-        found["summary"] = [
-            {"contender": contender, "workload": workload, **dataclasses.asdict(Spread.of(self.rates(contender, workload)))}
-            for contender, workload in dict.fromkeys((each.contender, each.workload) for each in self.samples)
-        ]
+        for section, plain in zip(self.sections, found["sections"], strict=True):
+            plain["latencies"] = {name: dict(sorted(each.items())) for name, each in section.latencies.items()}
+            plain["quantiles"] = {name: quantiles(each) for name, each in section.latencies.items()}
+            for grid, written in zip(section.grids, plain["grids"], strict=True):
+                written["summary"] = {
+                    row: {column: dataclasses.asdict(Spread.of(values)) for column, values in columns.items()}
+                    for row, columns in grid.cells.items()
+                }
         found["goals"] = [dataclasses.asdict(each) for each in self.verdicts()]
         return found
+
+
+QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
+
+
+def quantile(histogram: Mapping[int, int], part: float) -> float:
+    """The latency (µs) below which `part` of the calls are."""
+    below, wanted = 0, part * sum(histogram.values())
+    for bucket in sorted(histogram):
+        below += histogram[bucket]
+        if below >= wanted:
+            return bucket_ns(bucket) / 1000
+    return 0.0
+
+
+def quantiles(histogram: Mapping[int, int]) -> dict[str, float]:
+    """Those of QUANTILES, in µs."""
+    return {f"{part:g}": round(quantile(histogram, part), 2) for part in QUANTILES}

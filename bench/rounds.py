@@ -1,47 +1,56 @@
 """All contenders and workloads in turn, again and again, so that whatever else the machine does falls on all alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from bench.plan import Contender, Extent, Workload
-from bench.results import Sample
+from bench.plan import Contender, Workload
+from bench.results import Section
 from bench.running import Missing, Program
 from bench.stage import Stage
 
-ANSWER_SECONDS = 60.0
-"""Beyond a sample's own time, after which a caller counts as stuck."""
+T = TypeVar("T")
+Progress = Callable[[str], object]
 
 
-def callers(stage: Stage, contenders: Sequence[Contender]) -> tuple[dict[str, Program], dict[str, str]]:
-    """Start all callers. Returns them by contender's name, and why those are missing that are. Raises Broken."""
-    found: dict[str, Program] = {}
-    missing: dict[str, str] = {}
+def interleaved(things: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """(round, thing): all of them in each round, every second time the other way round.
+
+    A machine that gets slower, or warmer, does so for nobody in particular.
+    """
+    for number in range(rounds):
+        for thing in things if number % 2 == 0 else list(reversed(things)):
+            yield number, thing
+
+
+def callers(stage: Stage, contenders: Sequence[Contender], section: Section) -> dict[Contender, Program]:
+    """Start all callers; those that can't be are noted in the section. Raises Broken."""
+    found: dict[Contender, Program] = {}
     for contender in contenders:
         try:
-            found[contender.name] = stage.caller(contender)
+            found[contender] = stage.caller(contender)
         except Missing as fault:
-            missing[contender.name] = str(fault)
-    return found, missing
+            section.missing[contender.name] = str(fault)
+    return found
 
 
 def measure(
-    running: dict[str, Program],
+    running: dict[Contender, Program],
     workloads: Sequence[Workload],
-    extent: Extent,
+    rounds: int,
+    seconds: float,
+    take: Callable[[Contender, Workload, dict[str, Any]], object],
     progress: Callable[[str], object],
-) -> list[Sample]:
-    """Take one sample of each contender and workload in every round. progress: told what comes next. Raises Broken.
+) -> None:
+    """Take one sample of each contender and workload in every round. Raises Broken.
 
-    Every second round goes the other way round: a machine that gets slower, or warmer, does so for nobody in particular.
+    take: given each answer (`bench.programs.driver`). progress: told what comes next.
     """
-    samples = []
-    for number in range(extent.rounds):
-        order = list(running)
-        if number % 2:
-            order.reverse()
-        for workload in workloads:
-            for name in order:
-                progress(f"round {number + 1} of {extent.rounds}: {name}, {workload.name}")
-                wanted = {"inflight": workload.inflight, "size": workload.size, "seconds": extent.seconds}
-                answer = running[name].ask(wanted, 2 * extent.seconds + ANSWER_SECONDS)
-                samples.append(Sample(name, workload.name, number, answer["calls"] / answer["elapsed"]))
-    return samples
+    wanted = [
+        (contender, workload)
+        for workload in workloads
+        for contender in running
+        if workload.only is None or contender.name in workload.only
+    ]
+    for number, (contender, workload) in interleaved(wanted, rounds):
+        progress(f"round {number + 1} of {rounds}: {contender.name}, {workload.name}")
+        take(contender, workload, running[contender].sample(workload.inflight, workload.size, seconds))
