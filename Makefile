@@ -7,6 +7,7 @@ PYTHON := /usr/bin/python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 MADE := $(VENV)/.made
+DEB := dist/srpc_$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)_$(shell dpkg --print-architecture).deb
 
 # $(call apt,COMMAND THAT SUCCEEDS IF IT IS THERE,PACKAGES): as root they are installed, others are told what to ask for.
 apt = if ! ( $(1) ) >/dev/null 2>&1; then \
@@ -19,14 +20,16 @@ apt = if ! ( $(1) ) >/dev/null 2>&1; then \
 	fi; \
 fi
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-vm lint bench deb clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a daemon with throwaway users on loopback, shown at work"
 	@echo "make test    all tests; what can't be done here is named at the end"
+	@echo "make test-vm the package in a virtual machine: systemd, SELinux enforcing; as root only"
 	@echo "make lint    ruff and mypy --strict"
-	@echo "make bench   echo calls beside grpcio's"
+	@echo "make bench   sRPC beside its peers, about a quarter of an hour; writes docs/performance.md (BENCH=--quick: just a look)"
+	@echo "make deb     a Debian package, in dist/"
 	@echo "make clean   removes the virtual environment and all caches"
 
 # umask: other users' processes read the packages. No cache: nothing is left outside the checkout.
@@ -43,19 +46,47 @@ $(VENV)/.bench: $(MADE)
 demo: $(MADE)
 	@$(RUN) -m docs.demo
 
-# The compiler is for a PAM module that asks several questions; without one that test is left out.
+# The compiler is for a PAM module that asks several questions, strace for the cost of a call; without them those tests
+# are left out.
 test: $(MADE)
 	@$(call apt,command -v gcc || command -v cc,gcc) || true
+	@$(call apt,command -v strace,strace) || true
 	@$(RUN) -m pytest
+
+# The image, and what is needed for it, is kept in .vm by the hash of what it is made from.
+test-vm: $(MADE) deb
+	@$(call apt,command -v mmdebstrap && command -v qemu-system-x86_64 && command -v qemu-img && command -v mke2fs \
+		&& command -v ssh,mmdebstrap qemu-system-x86 qemu-utils e2fsprogs openssh-client)
+	@$(RUN) -m tests.vm test
 
 lint: $(MADE)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
+BENCH := --write
+
+# Compilers and gRPC's libraries are for the peers in C and C++, strace and perf for the profile; each is left out without.
 bench: $(VENV)/.bench
-	@$(RUN) -m bench
+	@$(call apt,command -v gcc && command -v g++,gcc g++ libc6-dev) || true
+	@$(call apt,command -v grpc_cpp_plugin && ls /usr/include/grpcpp/grpcpp.h /usr/include/google/protobuf/message.h,\
+		libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc) || true
+	@$(call apt,command -v strace && command -v perf,strace linux-perf) || true
+	@$(RUN) -m bench $(BENCH)
+
+policy/srpc.pp: policy/srpc.te policy/srpc.fc policy/srpc.if
+	@$(call apt,test -f /usr/share/selinux/devel/Makefile,selinux-policy-dev)
+	$(MAKE) -C policy srpc.pp
+
+# build/deb keeps the libraries that are fetched for the package, by the hash of what names them.
+DEB_SOURCES := $(shell find srpcd srpc_client systemd docs/man -type f -not -path '*/__pycache__/*')
+$(DEB): $(DEB_SOURCES) pyproject.toml policy/srpc.pp policy/srpc.if policy/default_contexts
+	@$(call apt,$(PYTHON) -c "import ensurepip",python3-venv)
+	$(PYTHON) -I systemd/debian/build.py build/deb $@
+
+deb: $(DEB)
+	@echo $(DEB)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .vm build dist policy/tmp policy/*.pp *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
