@@ -130,7 +130,10 @@ def _write() -> None:
     def kept(file: str, names: set[str]) -> list[str]:
         return [line for line in _originals[file] if line.split(":", 1)[0] not in names]
 
-    passwd, shadow, group = kept("passwd", own), kept("shadow", own | {"root", "nobody"}), kept("group", own | set(GROUPS))
+    passwd, shadow, group = kept("passwd", own), kept("shadow", own | {"root", "nobody"}), []
+    for line in kept("group", own | set(GROUPS)):
+        head, _, members = line.rpartition(":")
+        group.append(f"{head}:{','.join(each for each in members.split(',') if each not in own)}")
     for name in ("root", "nobody"):
         shadow.append(f"{name}:{_hashes[name]}:19000:0:99999:7:::")
     for each in _accounts.values():
