@@ -218,8 +218,13 @@ class World:
             return
         answers, gate_writes = ipc.packet_pipe()
         gate_reads, prompts = ipc.packet_pipe()
-        self.tell(ipc.Conversation(message.conn, message.afid), (gate_reads, gate_writes))
-        ipc.close_all((gate_reads, gate_writes))
+        try:
+            self.tell(ipc.Conversation(message.conn, message.afid), (gate_reads, gate_writes))
+        except OSError:  # the test is over, and so is the gate
+            ipc.close_all((answers, prompts))
+            return
+        finally:
+            ipc.close_all((gate_reads, gate_writes))
         wanted = [message.uname[::-1]] + (["123456"] if message.uname.startswith("two") else [])
         self._children[answers] = (message.conn, message.afid, prompts, wanted)
         ipc.write_packet(prompts, ipc.Prompts(("info", "secret"), ("hello", "Password:")))
@@ -237,6 +242,7 @@ class World:
             ipc.write_packet(prompts, ipc.Prompts(("info",), ("welcome" if good else "go away",)))
             self.tell(ipc.Verdict(conn, afid, 0 if good else 13, ""))
         self.forget(answers)
+        del self._children[answers]
         ipc.close_all((answers, prompts))
 
     def _attach(self, message: ipc.Attach) -> None:
@@ -255,8 +261,10 @@ class World:
             self.tell(ipc.Attached(conn, request, session, number))
             return
         worker = self.workers[number] = Worker(self, number)
-        self.tell(ipc.Attached(conn, request, session, number), (worker.gate_reads, worker.gate_writes))
-        ipc.close_all((worker.gate_reads, worker.gate_writes))
+        try:
+            self.tell(ipc.Attached(conn, request, session, number), (worker.gate_reads, worker.gate_writes))
+        finally:
+            ipc.close_all((worker.gate_reads, worker.gate_writes))
         self._selector.register(worker.read, selectors.EVENT_READ, worker.readable)
 
     def _announce(self, message: ipc.Announce) -> None:
@@ -288,7 +296,7 @@ class World:
 
     def conversing(self) -> int:
         """How many authentication children still have somebody to talk to."""
-        return sum(answers in self._selector.get_map() for answers in self._children)
+        return sum(answers in self._selector.get_map() for answers in list(self._children))
 
     def release(self, order: int = 1) -> None:
         """Answer the late calls; order -1: the last one first."""
@@ -333,11 +341,7 @@ class World:
         for worker in list(self.workers.values()):
             worker.close()
         for answers, (_, _, prompts, _) in self._children.items():
-            for fd in (answers, prompts):
-                try:
-                    os.close(fd)
-                except OSError:
-                    pass
+            ipc.close_all((answers, prompts))
         os.close(self.pipe)
         os.close(self._stop)
         self._selector.close()
