@@ -29,7 +29,12 @@ def main() -> int:
         commands.choices[name].add_argument("target")
     test = commands.add_parser("test", help="run the tests of the installed package")
     test.add_argument("--keep", action="store_true", help="do not end the machines")
-    test.add_argument("--part", action="append", default=[], help="not all tests, but those of this machine")
+    test.add_argument(
+        "--part",
+        action="append",
+        default=[],
+        help="not the usual tests, but those of this machine: package, system, functional, whole",
+    )
     test.add_argument("words", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="for pytest")
     given = parser.parse_args()
     try:

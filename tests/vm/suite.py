@@ -1,4 +1,4 @@
-"""`make test-vm`: the tests that run inside, in two machines at a time; their results and logs are brought back."""
+"""`make test-vm`: the tests that run inside, each part in a machine of its own; results and logs come back."""
 
 import re
 import shutil
@@ -24,10 +24,12 @@ PACE = 10
 """How many times longer than usual things may take (see tests/realm/processes.py)."""
 
 FUNCTIONAL = ("tests/integration/test_kernel_decides.py",)
-"""Of the functional suite: what does not go by the clock, in every branch of what the daemon does."""
+"""Of the functional suite what each run has: calls of every kind, allowed and refused."""
+WHOLE = ("tests/integration", "--ignore=tests/integration/test_soak.py")
+"""All of it but the soak rounds: for the part that runs only when it is asked for, as it takes its time."""
 
-TIMEOUT = 900.0
-"""Seconds for the tests of one machine, then it is ended."""
+TIMEOUT, TIMEOUT_WHOLE = 900.0, 3600.0
+"""Seconds for one run of tests in a machine, then it is ended."""
 
 LOGS = {
     "journal.txt": "journalctl --no-pager --no-hostname --output=short-precise",
@@ -41,12 +43,14 @@ class Part:
     """Tests for one machine.
 
     runs: what to tell pytest, each for one run of it. bare: the package is not installed, the tests do that. counts: what
-    came of them, by pytest's words.
+    came of them, by pytest's words. timeout: seconds for each run. usual: it runs when nothing else is asked for.
     """
 
     name: str
     runs: tuple[tuple[str, ...], ...]
     bare: bool = False
+    timeout: float = TIMEOUT
+    usual: bool = True
     counts: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
@@ -62,14 +66,18 @@ def parts() -> list[Part]:
         Part("package", ((*GUEST, PACKAGE),), bare=True),
         Part("system", ((*GUEST, "tests/vm/guest", f"--ignore={PACKAGE}", f"--ignore={BROKEN}"),)),
         Part("functional", (FUNCTIONAL, (*GUEST, BROKEN))),
+        Part("whole", (WHOLE,), timeout=TIMEOUT_WHOLE, usual=False),
     ]
 
 
 def run(only: Sequence[str], keep: bool, arguments: Sequence[str]) -> int:
-    """Run the tests. only: names of parts; none: all. keep: leave the machines up. arguments: for pytest. The status."""
+    """Run the tests. Returns the status.
+
+    only: names of parts; none: the usual ones. keep: leave the machines up. arguments: for pytest.
+    """
     started = time.monotonic()
     built = package()
-    chosen = [each for each in parts() if not only or each.name in only]
+    chosen = [each for each in parts() if (each.name in only if only else each.usual)]
     if not chosen:
         raise machine.MachineFault(f"no such part; there are {', '.join(each.name for each in parts())}")
     shutil.rmtree(RESULTS, ignore_errors=True)
@@ -154,7 +162,7 @@ def _end(part: Part, vm: machine.Machine, results: Path, keep: bool) -> None:
 def _stream(part: Part, vm: machine.Machine, command: str, log: Path) -> int:
     """Run a command, and show what it prints as it comes; its status, 124 where it took too long."""
     process = vm.popen([command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    late = threading.Timer(TIMEOUT, process.kill)
+    late = threading.Timer(part.timeout, process.kill)
     late.start()
     try:
         with open(log, "wb") as file:

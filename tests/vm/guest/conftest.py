@@ -11,6 +11,8 @@ import pytest
 
 POLICY = Path(__file__).resolve().parents[3] / "policy"
 
+SELINUX = Path("/sys/fs/selinux")
+
 Shell = Callable[[str, str], "subprocess.CompletedProcess[str]"]
 """`shell(user, command)`: what came of a command line in a shell of theirs."""
 
@@ -20,11 +22,22 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def allowed(source: str, target: str, kind: str, permission: str) -> bool:
+    """Whether the policy that is loaded lets one context do this to another. kind: of object, as "file"."""
+    number = (SELINUX / f"class/{kind}/index").read_text()
+    bit = int((SELINUX / f"class/{kind}/perms/{permission}").read_text()) - 1
+    with open(SELINUX / "access", "r+b", buffering=0) as file:  # selinuxfs: one write, one read
+        file.write(f"{source} {target} {number}".encode())
+        return bool(int(file.read(4096).split()[0], 16) >> bit & 1)
+
+
 @pytest.fixture(scope="session")
 def modules() -> None:
     """The modules of the example and of the tests are loaded: the machine is saved with them, since that takes a while."""
     wanted = ("payroll", "srpctest")
-    loaded = subprocess.run(["semodule", "-l"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        ["semodule", "-l"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    ).stdout.split()
     if not {*wanted} <= {*loaded}:
         run("semodule", "-i", *(str(POLICY / f"{name}.pp") for name in wanted))
 
@@ -47,7 +60,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
             shutil.copy(key.with_suffix(".pub"), place / "authorized_keys")
             for path in (place, place / "authorized_keys"):
                 shutil.chown(path, entry.pw_uid, entry.pw_gid)
-            subprocess.run(["restorecon", "-RF", str(place)], check=True)
+            run("restorecon", "-RF", str(place))
         arguments = ["ssh", "-F", "none", "-i", str(key), *options, f"{user}@127.0.0.1", command]
         with open(
             directory / "err", "w+", encoding="utf-8"

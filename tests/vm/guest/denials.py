@@ -31,6 +31,8 @@ DEBIANS_OWN = {
     # At each boot, without any of ours.
     "systemd_tmpfiles_t etc_t:lnk_file relabelfrom",
     "systemd_tmpfiles_t user_home_dir_t:dir relabelfrom",
+    # When root logs in, and another one has done so before.
+    "sshd_t unconfined_t:key search",
     "udev_t sysctl_fs_t:dir search",
     "udev_t udev_t:process setrlimit",
 }

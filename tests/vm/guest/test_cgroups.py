@@ -41,7 +41,7 @@ echo gone
 """
 _SECONDS = 77_001
 
-ROUNDS, CALLS = 3, 60
+ROUNDS, CALLS = 4, 60
 """Of the measurement: rounds of so many calls, in turn with and without the others' attack."""
 
 
@@ -208,7 +208,7 @@ def test_what_one_user_starts_leaves_another_ones_calls_as_quick_as_they_were(se
             with dial("bob") as bob, attack(bob, f"/limits/{attacker}", begun):
                 loud.append(median(alice, served.path))
             assert until(lambda: not group("bob").exists(), 60)
-    ratio = statistics.median(loud) / statistics.median(quiet)
+    ratio = min(loud) / min(quiet)  # of the rounds in which the machine itself was disturbed least
     times = ["/".join(f"{1e3 * each:.1f}" for each in found) for found in (quiet, loud)]
     print(f"{attacker}: {ratio:.2f} times; quiet {times[0]} ms, loud {times[1]} ms")
     assert ratio < 2.0

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from srpc_client import blocking
+from tests.vm.guest.conftest import Shell, run
 from tests.vm.guest.denials import Expected
 
 ADDRESS, TREE, LINES = "unix:/run/srpc/srpc.sock", Path("/srv/rpc"), Path("/run/srpc/lines")
@@ -320,7 +321,7 @@ def test_a_mapping_for_this_service_alone_counts() -> None:
     file = CONFIGURATION / "logins/bob"
     file.parent.mkdir(exist_ok=True)
     file.write_text("srpcd:user_u:s0:c7\n*:user_u:s0:c8\n")
-    subprocess.run(["restorecon", "-R", str(file.parent)], check=True)
+    run("restorecon", "-R", str(file.parent))
     try:
         with dial("bob"):
             assert context_of(worker("bob")) == "user_u:user_r:srpc_user_worker_t:s0:c7"
@@ -335,8 +336,9 @@ def test_the_service_is_told_its_callers_context_and_lines_carry_the_endpoints_l
     own = label_of(served.pipe)
     assert own.split(":")[2] == "srpc_endpoint_t"
     with dial("alice") as alice, dial("bob") as bob:
-        assert served.ask(alice) == (WORKERS["alice"], [own] * 2)
-        assert served.ask(bob) == (WORKERS["bob"], [own] * 4)
+        # The endpoint's own pipe, and two for each line.
+        assert served.ask(alice) == (WORKERS["alice"], [own] * 3)
+        assert served.ask(bob) == (WORKERS["bob"], [own] * 5)
     for each in (LINES, *LINES.iterdir()):
         assert label_of(each).split(":")[2] == "srpc_runtime_t"
 
@@ -370,13 +372,14 @@ def test_another_label_of_the_endpoint_is_another_of_its_lines(served: Served, j
     with dial("alice") as alice:
         own = label_of(served.pipe)
         before = worker("alice")
-        assert served.ask(alice)[1] == [own] * 2
+        assert served.ask(alice)[1] == [own] * 3
         relabel(served.pipe, f"{own}:c1")
-        assert until(lambda: served.ask(alice)[1] == [f"{own}:c1"] * 2)
+        assert until(lambda: served.ask(alice)[1] == [f"{own}:c1"] * 3)
         assert worker("alice") == before  # it still may call: nothing was killed for that
         assert "process-kill" not in journal.text()
 
 
+@pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize("how", ["category", "type", "directory"])
 def test_chcon_binds_from_the_next_call_on_and_ends_a_worker_that_has_a_line(
     how: str, served: Served, journal: Journal, expected_denials: Expected
@@ -384,12 +387,16 @@ def test_chcon_binds_from_the_next_call_on_and_ends_a_worker_that_has_a_line(
     with dial("bob") as bob:
         served.ask(bob)
         pid = worker("bob")
-        rule = {"directory": "srpc_user_worker_t *:dir *", "category": "srpc_user_worker_t srpc_endpoint_t:fifo_file *"}
-        with expected_denials(rule.get(how, "srpc_user_worker_t *:fifo_file *")) as found:
+        target = {
+            "category": "srpc_endpoint_t:fifo_file",
+            "type": "srpctest_staff_endpoint_t:fifo_file",
+            "directory": "*:dir",
+        }
+        with expected_denials(f"srpc_user_worker_t {target[how]} *") as found:
             if how == "category":
                 relabel(served.pipe, f"{label_of(served.pipe)}:c1")  # bob has c2
             elif how == "type":
-                relabel(served.pipe, "system_u:object_r:srpc_runtime_t:s0")
+                relabel(served.pipe, "system_u:object_r:srpctest_staff_endpoint_t:s0")
             else:
                 relabel(served.pipe.parent, "system_u:object_r:srpc_tree_t:s0:c1")
             assert errno_of(bob, served.path) == EACCES
@@ -408,13 +415,13 @@ def test_a_boolean_binds_from_the_next_call_on_and_ends_a_worker_that_has_a_line
         pid = worker("alice")
         try:
             with expected_denials("srpc_staff_worker_t srpc_endpoint_t:fifo_file *") as found:
-                subprocess.run(["setsebool", "srpc_call_default", "off"], check=True)
+                run("setsebool", "srpc_call_default", "off")
                 assert errno_of(alice, served.path) == EACCES
                 assert until(lambda: not context_of(pid))
             assert found[0].source == WORKERS["alice"]
             assert journal.says("process-kill .*role=worker name=alice .*may no longer call /contexts/who")
         finally:
-            subprocess.run(["setsebool", "srpc_call_default", "on"], check=True)
+            run("setsebool", "srpc_call_default", "on")
         assert until(lambda: errno_of(alice, served.path) == 0)
 
 
@@ -425,40 +432,29 @@ def test_permissive_mode_lets_pass_what_enforcing_mode_does_not(served: Served, 
         subprocess.run(["setenforce", "0"], check=True)
         try:
             assert served.ask(bob)[0] == WORKERS["bob"]
-            assert context_of(worker("bob")) == WORKERS["bob"]
+            pid = worker("bob")
+            assert context_of(pid) == WORKERS["bob"]
         finally:
             subprocess.run(["setenforce", "1"], check=True)
-        pid = worker("bob")
         assert until(lambda: not context_of(pid))  # who got a line meanwhile is asked about anew
 
 
-@pytest.fixture
-def as_staff(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
-    """Starts a command as alice in her own domain, staff_t, as she has it after a login."""
-    key = tmp_path / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    home = Path(pwd.getpwnam("alice").pw_dir)
-    (home / ".ssh").mkdir(mode=0o700, exist_ok=True)
-    (home / ".ssh/authorized_keys").write_bytes(key.with_suffix(".pub").read_bytes())
-    subprocess.run(["chown", "-R", "alice:", str(home / ".ssh")], check=True)
-    subprocess.run(["restorecon", "-R", str(home / ".ssh")], check=True)
-    started = []
+ANNOUNCE = """
+import asyncio, sys
+from srpc_client import requests
+from srpc_client.service import Announcer
 
-    def start(*command: str) -> "subprocess.Popen[bytes]":
-        options = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
-        process = subprocess.Popen(["ssh", "-tt", "-i", str(key), *options, "alice@127.0.0.1", *command], stdin=-3)
-        started.append(process)
-        return process
+async def announce():
+    # As the library does, without having opened the pipe, which would refuse it already.
+    connection, _tree = await Announcer(sys.argv[1])._connected()
+    await connection.request(requests.announce(1, sys.argv[2]))
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-    subprocess.run(["rm", "-rf", str(home / ".ssh")], check=True)
+asyncio.run(announce())
+"""
 
 
 def test_who_may_not_read_the_endpoint_by_policy_can_not_announce_it(
-    directory: Path, journal: Journal, as_staff: Callable[..., "subprocess.Popen[bytes]"]
+    directory: Path, journal: Journal, shell: Shell
 ) -> None:
     """Its mode lets alice: the pipe is her own. What staff_t may read is another matter."""
     pipe = directory / "hers"
@@ -467,6 +463,9 @@ def test_who_may_not_read_the_endpoint_by_policy_can_not_announce_it(
     os.chown(pipe, owner.pw_uid, owner.pw_gid)
     pipe.chmod(0o622)
     path = ":".join(filter(None, sys.path))
-    as_staff(f"PYTHONPATH={path} {sys.executable} - unix:/run/srpc/srpc.sock /contexts/hers <<'END'\n{SERVICE}\nEND\n")
+    done = shell(
+        "alice", f"PYTHONPATH={path} {sys.executable} - unix:/run/srpc/srpc.sock /contexts/hers <<'END'\n{ANNOUNCE}\nEND\n"
+    )
+    assert "EACCES" in done.stderr
     assert journal.says(rf"announce outcome=refused .*uid={owner.pw_uid} endpoint=/contexts/hers .*errno=EACCES", 60)
     assert journal.says(r"refused operation=serve .*SELinux: staff_u:staff_r:staff_t:\S+ has no .*open read")

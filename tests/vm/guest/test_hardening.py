@@ -17,6 +17,7 @@ KEPT = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 29
 
 WRITABLE = {
     *("/tmp", "/var/tmp", "/run/srpc", "/var/lib/srpc"),  # the first two are its own
+    "/run",  # only root may there, and only PAM's modules do
     *("/dev", "/dev/shm", "/dev/mqueue", "/dev/hugepages", "/dev/pts", "/proc", "/sys/fs/cgroup", "/sys/fs/selinux"),
 }
 
