@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,9 @@ FUNCTIONAL = ("tests/integration/test_kernel_decides.py",)
 """Of the functional suite what each run has: calls of every kind, allowed and refused."""
 WHOLE = ("tests/integration", "--ignore=tests/integration/test_soak.py")
 """All of it but the soak rounds: for the part that runs only when it is asked for, as it takes its time."""
+
+AT_ONCE = 2
+"""Machines that run at a time: each of them keeps a core busy."""
 
 TIMEOUT, TIMEOUT_WHOLE = 900.0, 3600.0
 """Seconds for one run of tests in a machine, then it is ended."""
@@ -61,10 +65,10 @@ PACKAGE, BROKEN = "tests/vm/guest/test_package.py", "tests/vm/guest/test_broken_
 
 
 def parts() -> list[Part]:
-    """All there are."""
+    """All there are, the longest first."""
     return [
-        Part("package", ((*GUEST, PACKAGE),), bare=True),
         Part("system", ((*GUEST, "tests/vm/guest", f"--ignore={PACKAGE}", f"--ignore={BROKEN}"),)),
+        Part("package", ((*GUEST, PACKAGE),), bare=True),
         Part("functional", (FUNCTIONAL, (*GUEST, BROKEN))),
         Part("whole", (WHOLE,), timeout=TIMEOUT_WHOLE, usual=False),
     ]
@@ -81,11 +85,9 @@ def run(only: Sequence[str], keep: bool, arguments: Sequence[str]) -> int:
     if not chosen:
         raise machine.MachineFault(f"no such part; there are {', '.join(each.name for each in parts())}")
     shutil.rmtree(RESULTS, ignore_errors=True)
-    threads = [threading.Thread(target=_run, args=(each, built, keep, arguments)) for each in chosen]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for part in chosen:
+            pool.submit(_run, part, built, keep, arguments)
     total: dict[str, int] = {}
     for part in chosen:
         for word, count in part.counts.items():
@@ -121,8 +123,8 @@ def _run(part: Part, package: Path, keep: bool, more: Sequence[str]) -> None:
         vm.put(package, f"{INSIDE}/dist/{package.name}")
         for number, arguments in enumerate(part.runs, 1):
             _pytest(part, vm, results, str(number), (*arguments, *more))
-    except (image.ImageFault, machine.MachineFault, OSError) as fault:
-        part.faults.append(str(fault))
+    except Exception as fault:  # in a thread, where nobody else would hear of it
+        part.faults.append(f"{type(fault).__name__}: {fault}")
     finally:
         _end(part, vm, results, keep)
 
