@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 _PACKETS = 64
 """Messages of one child that are handled before others get their turn."""
-_UNREAD_MAX, _UNREAD_SECONDS = 1024, 2.0
-"""Messages that wait for a child, and seconds in which it has read none: one more message ends it."""
+_UNREAD_MAX, _UNREAD_SECONDS = 1024, 10.0
+"""Messages that may wait for a child: with more, nothing more is heard from it (else it could have the monitor remember
+answers without end), and one that has waited for so many seconds ends it, however much it reads meanwhile."""
 _LINES_PER_SECOND = 20
 """What may be written into the log on behalf of one child or connection."""
 
@@ -65,8 +66,8 @@ class Child:
         self._spawned = spawned
         self._log = log
         self._handle = handle
-        self._progress = 0.0
-        self._unread: deque[tuple[ipc.Message, tuple[int, ...]]] = deque()
+        self._unread: deque[tuple[ipc.Message, tuple[int, ...], float]] = deque()  # and since when
+        self._unheard = False
         loop.add_reader(spawned.requests, self._requests_ready)
         loop.add_reader(spawned.errors, self._errors_ready)
         loop.add_reader(spawned.pidfd, self._ended)
@@ -77,17 +78,16 @@ class Child:
         if self.state is State.DONE:
             ipc.close_all(fds)
             return
-        self._unread.append((message, fds))
+        self._unread.append((message, fds, time.monotonic()))
         if len(self._unread) == 1:
-            self._progress = time.monotonic()
             self._send_unread()
-        elif len(self._unread) > _UNREAD_MAX and time.monotonic() - self._progress > _UNREAD_SECONDS:
+        elif len(self._unread) > _UNREAD_MAX and time.monotonic() - self._unread[0][2] > _UNREAD_SECONDS:
             self.kill("does not read what it is sent")
 
     def _send_unread(self) -> None:
         loop = asyncio.get_running_loop()
         while self._unread:
-            message, fds = self._unread[0]
+            message, fds, _since = self._unread[0]
             try:
                 ipc.send_descriptors(self._spawned.socket, message, fds)
             except BlockingIOError:
@@ -96,10 +96,12 @@ class Child:
             except OSError:  # it is about to end, or told to
                 self.kill("")
             self._unread.popleft()
-            self._progress = time.monotonic()
             ipc.close_all(fds)
         if not self.gone.done():
             loop.remove_writer(self._spawned.socket)
+            if self._unheard:
+                self._unheard = False
+                loop.add_reader(self._spawned.requests, self._requests_ready)
 
     def serving(self) -> None:
         """It has proved that it is confined."""
@@ -124,7 +126,8 @@ class Child:
 
     def _requests_ready(self) -> None:
         for _ in range(_PACKETS):
-            if self.state is State.DONE:
+            if self.state is State.DONE or len(self._unread) > _UNREAD_MAX:
+                self._unheard = self.state is not State.DONE
                 asyncio.get_running_loop().remove_reader(self._spawned.requests)
                 return
             try:
@@ -160,7 +163,7 @@ class Child:
             os.close(fd)
         loop.remove_writer(self._spawned.socket)
         self._spawned.socket.close()
-        for _message, fds in self._unread:
+        for _message, fds, _since in self._unread:
             ipc.close_all(fds)
         self._unread.clear()
         self.state = State.DONE

@@ -4,8 +4,10 @@ The worker is a real process under the real monitor, behind a real gate; it runs
 (tests/hostile/worker.py). The service and the lines are real.
 """
 
+import os
 from collections.abc import Iterator
 from errno import EACCES, EBADF, ENOENT, EPERM, ESTALE
+from pathlib import Path
 
 import pytest
 
@@ -232,3 +234,33 @@ result = attempt(lambda: MONITOR.sendmsg([b'x'], [(1, 1, array.array('i', [0]))]
 result = result, [attempt(lambda: Socket(fileno=os.dup(write)).family) for write, _ in gates.values()]
 """
     assert run(alice, code + "result = result[0], set(result[1])") == (-32, {-88})
+
+
+def memory(pid: int) -> int:
+    """Resident, in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_it_can_not_make_the_monitor_remember_answers_without_end(alice: blocking.Connection, daemon: realm.Daemon) -> None:
+    """It asks as fast as it can, and reads just enough that nobody can say it does not; then it is heard again."""
+    code = """
+os.set_blocking(4, False)
+over, asked, look = time.monotonic() + 4, 0, 0
+while time.monotonic() < over:
+    try:
+        tell(ipc.IsLive(asked, 1, 1))
+        asked += 1
+    except BlockingIOError:
+        time.sleep(.001)
+    if time.monotonic() > look:
+        [listen(0) for _ in range(250)]
+        look = time.monotonic() + .5
+while listen(.5):
+    pass
+heard.clear()
+tell(ipc.IsLive(0, 1, 1))
+result = type(wait(ipc.Live)[0]).__name__
+"""
+    before = memory(daemon.pid)
+    assert run(alice, code) == "Live"
+    assert memory(daemon.pid) - before < 6 << 20
