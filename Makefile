@@ -80,7 +80,7 @@ policy/srpc.pp: policy/srpc.te policy/srpc.fc policy/srpc.if
 
 # build/deb keeps the libraries that are fetched for the package, by the hash of what names them.
 DEB_SOURCES := $(shell find srpcd srpc_client systemd docs/man -type f -not -path '*/__pycache__/*')
-$(DEB): $(DEB_SOURCES) pyproject.toml policy/srpc.pp policy/srpc.if policy/default_contexts
+$(DEB): $(DEB_SOURCES) pyproject.toml policy/srpc.pp policy/srpc.if
 	@$(call apt,$(PYTHON) -c "import ensurepip",python3-venv)
 	$(PYTHON) -I systemd/debian/build.py build/deb $@
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
-from errno import EACCES, EINVAL, EPERM
+from errno import EACCES, EINVAL, ENOMEM, EPERM
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,44 +249,136 @@ def test_what_can_not_be_told_to_the_kernel_is_an_error() -> None:
 # --- whose context ----------------------------------------------------------------------------------------------------
 
 
-def worker_context(monkeypatch: pytest.MonkeyPatch, found: str) -> str:
-    """What becomes of what libselinux says."""
-    monkeypatch.setattr(contexts, "_default_context", lambda _user, _daemon: found)
-    return contexts.worker_context("alice", DAEMON)
+class Policy:
+    """A policy as the kernel and libselinux tell it: which contexts are valid, who is which SELinux user.
+
+    then: done after each question to the kernel.
+    """
+
+    def __init__(self, *valid: str) -> None:
+        self.valid = set(valid)
+        self.mapping = ("staff_u", "s0:c1")
+        self.then: Callable[[], object] = lambda: None
+
+    def canonical(self, context: str) -> str:
+        """What /sys/fs/selinux/context answers."""
+        found = context if context in self.valid else ""
+        self.then()
+        if not found:
+            raise OSError(EINVAL, os.strerror(EINVAL))
+        return found.replace("s0-s0", "s0")
 
 
-def test_a_worker_runs_as_the_kernel_writes_what_the_policy_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selinux, "canonical", lambda context: context.replace("s0-s0", "s0"))
-    assert worker_context(monkeypatch, "user_u:user_r:srpc_user_worker_t:s0-s0") == "user_u:user_r:srpc_user_worker_t:s0"
-    assert worker_context(monkeypatch, STAFF) == STAFF
+@pytest.fixture
+def policy(monkeypatch: pytest.MonkeyPatch, selinuxfs: Path) -> Policy:
+    """One in which staff_u has the roles staff_r and sysadm_r, as Debian's."""
+    roles = ("staff_r:staff_t", "staff_r:srpc_staff_worker_t", "sysadm_r:sysadm_t", "sysadm_r:srpc_sysadm_worker_t")
+    made = Policy(*(f"staff_u:{each}:s0:c1" for each in roles))
+    (selinuxfs / "users").mkdir()
+    monkeypatch.setattr(selinux, "canonical", made.canonical)
+    monkeypatch.setattr(contexts, "_mapping", lambda _user: (*made.mapping, str(selinuxfs / "users")))
+    return made
+
+
+ALICE, ADMIN = "staff_u:staff_r:srpc_staff_worker_t:s0:c1", "staff_u:sysadm_r:srpc_sysadm_worker_t:s0:c1"
+
+
+def test_a_worker_has_the_role_with_the_least_privilege_that_its_user_has(policy: Policy) -> None:
+    assert contexts.worker_context("alice", DAEMON) == ALICE
+    policy.valid |= {"staff_u:user_r:user_t:s0:c1", "staff_u:user_r:srpc_user_worker_t:s0:c1"}
+    assert contexts.worker_context("alice", DAEMON) == "staff_u:user_r:srpc_user_worker_t:s0:c1"
+    policy.valid = {"staff_u:sysadm_r:sysadm_t:s0:c1", ADMIN}
+    assert contexts.worker_context("alice", DAEMON) == ADMIN
+
+
+def test_a_role_whose_worker_there_is_none_of_is_no_reason_to_take_the_next(policy: Policy) -> None:
+    """As libselinux would: an ordinary administrator would call with all the rights of his second role."""
+    policy.valid.remove(ALICE)
+    with pytest.raises(contexts.Unmapped, match="staff_u:staff_r:srpc_staff_worker_t:s0:c1: Invalid argument"):
+        contexts.worker_context("alice", DAEMON)
+
+
+def test_a_worker_runs_as_the_kernel_writes_it(policy: Policy) -> None:
+    policy.mapping = ("staff_u", "s0-s0:c1")
+    policy.valid = {each.replace("s0:c1", "s0-s0:c1") for each in policy.valid}
+    assert contexts.worker_context("alice", DAEMON) == ALICE
+
+
+def test_a_policy_without_levels_has_contexts_without_them(policy: Policy) -> None:
+    policy.mapping = ("staff_u", "")
+    policy.valid = {"staff_u:staff_r:staff_t", "staff_u:staff_r:srpc_staff_worker_t"}
+    assert contexts.worker_context("alice", DAEMON) == "staff_u:staff_r:srpc_staff_worker_t"
+
+
+@pytest.mark.parametrize("mapping", [("nonesuch_u", "s0:c1"), ("staff_u", "s0:c99"), ("staff_u", ""), ("guest_u", "s0")])
+def test_whoever_has_no_role_with_a_worker_has_no_context(policy: Policy, mapping: tuple[str, str]) -> None:
+    policy.valid.add("guest_u:guest_r:guest_t:s0")
+    policy.mapping = mapping
+    with pytest.raises(contexts.Unmapped, match=f"no SELinux context: .*{mapping[0]} has, at level .*, none of the roles"):
+        contexts.worker_context("alice", DAEMON)
 
 
 @pytest.mark.parametrize(
-    "context",
+    ("line", "found"),
     [
-        "staff_u:sysadm_r:sysadm_t:s0",  # failsafe_context: what there is without a line for the daemon
-        "staff_u:staff_r:staff_t:s0",
-        "system_u:system_r:srpcd_t:s0",
-        "system_u:system_r:srpc_gate_t:s0",
-        "staff_u:staff_r:srpc_worker_exec_t:s0",
-        "staff_u:staff_r:evil_worker_t:s0",
-        "srpc_worker_t:srpc_worker_t:unconfined_t:s0",
-        "",
+        ("system_r:srpcd_t:s0\tsysadm_r:srpc_sysadm_worker_t:s0", ADMIN),  # the level is the login's
+        ("system_r:srpcd_t  sysadm_r:srpc_sysadm_worker_t staff_r:srpc_staff_worker_t", ADMIN),
+        ("system_r:srpcd_t:s0\tsysadm_r:sysadm_t:s0", "is no worker's"),
+        ("system_r:srpcd_t:s0\tstaff_r:srpc_nonesuch_worker_t:s0 sysadm_r:srpc_sysadm_worker_t:s0", "Invalid argument"),
+        ("system_r:srpcd_t:s0\tjunk", "Invalid argument"),
+        ("system_r:srpcd_t:s0", ALICE),  # names nothing
+        ("system_r:sshd_t:s0\tsysadm_r:srpc_sysadm_worker_t:s0", ALICE),
+        ("#system_r:srpcd_t:s0\tsysadm_r:srpc_sysadm_worker_t:s0", ALICE),
     ],
 )
-def test_a_context_that_is_no_workers_is_refused(monkeypatch: pytest.MonkeyPatch, context: str) -> None:
-    monkeypatch.setattr(selinux, "canonical", lambda context: context)
-    with pytest.raises(contexts.Unmapped, match="default_contexts"):
-        worker_context(monkeypatch, context)
+def test_the_first_context_of_the_line_for_the_daemon_counts_and_no_other(
+    policy: Policy, selinuxfs: Path, line: str, found: str
+) -> None:
+    (selinuxfs / "users/staff_u").write_text(f"system_r:crond_t:s0\tsysadm_r:srpc_sysadm_worker_t:s0\n\n{line}\n")
+    policy.valid.add("staff_u:sysadm_r:other_t:s0:c1")
+    if found.startswith("staff_u"):
+        assert contexts.worker_context("alice", DAEMON) == found
+    else:
+        with pytest.raises(contexts.Unmapped, match=found):
+            contexts.worker_context("alice", DAEMON)
 
 
-def test_a_context_that_the_kernel_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def invalid(_context: str) -> str:
-        raise OSError(EINVAL, os.strerror(EINVAL))
+@pytest.mark.usefixtures("policy")
+def test_a_file_of_the_users_that_can_not_be_read_is_not_passed_over(selinuxfs: Path) -> None:
+    (selinuxfs / "users/staff_u").mkdir()
+    with pytest.raises(contexts.Unmapped, match="directory"):
+        contexts.worker_context("alice", DAEMON)
 
-    monkeypatch.setattr(selinux, "canonical", invalid)
-    with pytest.raises(contexts.Unmapped, match="Invalid argument"):
-        worker_context(monkeypatch, STAFF)
+
+@pytest.mark.parametrize("errno", [EACCES, EPERM, ENOMEM])
+def test_a_kernel_that_does_not_answer_has_not_said_no(policy: Policy, monkeypatch: pytest.MonkeyPatch, errno: int) -> None:
+    """Else the role above the user's own one would be taken."""
+
+    def canonical(context: str) -> str:
+        if ":staff_r:" in context:
+            raise OSError(errno, os.strerror(errno))
+        return policy.canonical(context)
+
+    monkeypatch.setattr(selinux, "canonical", canonical)
+    with pytest.raises(contexts.Unmapped, match=os.strerror(errno)):
+        contexts.worker_context("alice", DAEMON)
+
+
+def test_of_two_policies_none_gives_what_both_would_not(policy: Policy, selinuxfs: Path) -> None:
+    """The old one has staff_r and sysadm_r for her, the new one user_r and sysadm_r: between them only sysadm_r is left."""
+    after = {"staff_u:user_r:user_t:s0:c1", "staff_u:user_r:srpc_user_worker_t:s0:c1", ADMIN}
+    after.add("staff_u:sysadm_r:sysadm_t:s0:c1")
+
+    def load() -> None:
+        policy.valid = after
+        (selinuxfs / "status").write_bytes(status(policyload=2))
+
+    policy.then = load
+    assert contexts.worker_context("alice", DAEMON) == "staff_u:user_r:srpc_user_worker_t:s0:c1"
+    loads = iter(range(3, 100))
+    policy.then = lambda: (selinuxfs / "status").write_bytes(status(policyload=next(loads)))
+    with pytest.raises(contexts.Unmapped, match="being changed"):
+        contexts.worker_context("alice", DAEMON)
 
 
 @needs_no_selinux

@@ -38,7 +38,6 @@ FILES = (
     ("systemd/debian/lintian-overrides", "/usr/share/lintian/overrides/srpc"),
     ("policy/srpc.pp", "/usr/share/selinux/packages/srpc/"),
     ("policy/srpc.if", "/usr/share/selinux/devel/include/contrib/"),
-    ("policy/default_contexts", "/usr/share/selinux/packages/srpc/"),
     ("policy/examples/payroll/payroll.te", "/usr/share/doc/srpc/examples/payroll/"),
     ("policy/examples/payroll/payroll.fc", "/usr/share/doc/srpc/examples/payroll/"),
     ("policy/examples/payroll/salary", "/usr/share/doc/srpc/examples/payroll/"),

@@ -24,7 +24,7 @@ from tests.vm.guest.denials import Expected
 
 ADDRESS, TREE, LINES = "unix:/run/srpc/srpc.sock", Path("/srv/rpc"), Path("/run/srpc/lines")
 CONFIGURATION = Path("/etc/selinux/default")
-DEFAULT_CONTEXTS, SEUSERS = CONFIGURATION / "contexts/default_contexts", CONFIGURATION / "seusers"
+USERS, SEUSERS = CONFIGURATION / "contexts/users", CONFIGURATION / "seusers"
 
 DAEMON, GATE = "system_u:system_r:srpcd_t:s0", "system_u:system_r:srpc_gate_t:s0"
 WORKERS = {
@@ -32,7 +32,7 @@ WORKERS = {
     "bob": "user_u:user_r:srpc_user_worker_t:s0:c2",
     "carol": "unconfined_u:unconfined_r:srpc_unconfined_worker_t:s0-s0:c0.c1023",
 }
-"""As `semanage login` maps them, and default_contexts; carol by `__default__`."""
+"""As `semanage login` maps them, and the first role that they have; carol by `__default__`."""
 
 SERVICE = """
 import asyncio, json, os, stat, sys
@@ -267,24 +267,36 @@ def test_workers_and_gates_end_with_a_monitor_that_is_killed() -> None:
 
 
 WRONG = {
-    "no line for the daemon": "",
-    "a login shell's domain": "system_r:srpcd_t:s0\tstaff_r:staff_t:s0",
-    "the daemon's own domain": "system_r:srpcd_t:s0\tsystem_r:srpcd_t:s0",
-    "a type that there is none of": "system_r:srpcd_t:s0\tstaff_r:srpc_nonesuch_worker_t:s0",
+    "a login shell's domain": "staff_r:staff_t:s0",
+    "the daemon's own domain": "system_r:srpcd_t:s0",
+    "a type that there is none of": "staff_r:srpc_nonesuch_worker_t:s0 sysadm_r:srpc_sysadm_worker_t:s0",
+    "a domain of another role": "user_r:srpc_user_worker_t:s0 sysadm_r:srpc_sysadm_worker_t:s0",
 }
-"""In the place of the daemon's line. (Of several contexts in it libselinux takes the first that is valid for the user.)"""
+"""For the daemon's domain in her SELinux user's file. What comes behind the first one does not count."""
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_without_a_context_that_is_a_workers_there_is_no_worker(
     what: str, changed: Callable[[Path, Callable[[str], str]], None], journal: Journal
 ) -> None:
-    changed(DEFAULT_CONTEXTS, lambda text: re.sub(r"(?m)^system_r:srpcd_t:s0\s.*$", WRONG[what], text))
+    changed(USERS / "staff_u", lambda text: f"{text}system_r:srpcd_t:s0\t{WRONG[what]}\n")
     with pytest.raises(OSError) as refused:  # noqa: PT011
         dial("alice").close()
     assert refused.value.errno == EACCES
     assert running("srpcd/worker/__main__.py") == []
     assert journal.says("authentication .*outcome=refused .*user=alice .*reason=.no SELinux context")
+
+
+def test_an_administrator_can_give_an_selinux_user_another_role(
+    changed: Callable[[Path, Callable[[str], str]], None],
+) -> None:
+    changed(USERS / "staff_u", lambda text: f"{text}system_r:srpcd_t:s0\tsysadm_r:srpc_sysadm_worker_t:s0\n")
+    with dial("alice"):
+        assert context_of(worker("alice")) == "staff_u:sysadm_r:srpc_sysadm_worker_t:s0:c1"
+
+
+def test_no_file_of_the_policys_names_the_daemon() -> None:
+    assert "srpcd_t" not in (CONFIGURATION / "contexts/default_contexts").read_text()
 
 
 def test_a_mapping_that_is_invalid_or_can_not_be_read_gives_no_worker(
