@@ -84,10 +84,12 @@ def creating(label: str) -> Iterator[None]:
     if not label:
         yield
         return
-    _set("fscreate", label)
+    reserve = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
     try:
+        _set("fscreate", label)
         yield
     finally:
+        os.close(reserve)  # so that there is a descriptor with which to take it back
         _set("fscreate", "\n")  # as the kernel would have it: none
 
 
