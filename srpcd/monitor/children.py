@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from srpcd import ipc
 from srpcd.log import Log
@@ -47,12 +47,13 @@ class Child:
     """Base of Gate, Worker and PamChild.
 
     role: as in the launch table. name: who or what it serves, for the log. local: whether it is the local socket's gate.
+    swept: whoever waits for its end looks for what it left behind, and takes it off the process table afterwards.
     gone: its end, with the exit status, None where a tracer holds that back.
     """
 
     role = ""
     level = "info"
-    local = False
+    local = swept = False
 
     def __init__(self, spawned: Spawned, name: str, log: Log, handle: Callable[["Child", ipc.Message], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -67,7 +68,6 @@ class Child:
         self._log = log
         self._handle = handle
         self._unread: deque[tuple[ipc.Message, tuple[int, ...], float]] = deque()  # and since when
-        self._unheard = False
         loop.add_reader(spawned.requests, self._requests_ready)
         loop.add_reader(spawned.errors, self._errors_ready)
         loop.add_reader(spawned.pidfd, self._ended)
@@ -97,11 +97,8 @@ class Child:
                 self.kill("")
             self._unread.popleft()
             ipc.close_all(fds)
-        if not self.gone.done():
-            loop.remove_writer(self._spawned.socket)
-            if self._unheard:
-                self._unheard = False
-                loop.add_reader(self._spawned.requests, self._requests_ready)
+        if not self.gone.done() and loop.remove_writer(self._spawned.socket):
+            loop.add_reader(self._spawned.requests, self._requests_ready)  # it may not have been heard meanwhile
 
     def serving(self) -> None:
         """It has proved that it is confined."""
@@ -127,7 +124,6 @@ class Child:
     def _requests_ready(self) -> None:
         for _ in range(_PACKETS):
             if self.state is State.DONE or len(self._unread) > _UNREAD_MAX:
-                self._unheard = self.state is not State.DONE
                 asyncio.get_running_loop().remove_reader(self._spawned.requests)
                 return
             try:
@@ -173,7 +169,8 @@ class Child:
         if not self.proved.done():
             self.proved.set_result(False)
         self.gone.set_result(status)
-        collect(self.pid)
+        if not self.swept:
+            collect(self.pid)
 
 
 class Gate(Child):
@@ -204,6 +201,7 @@ class Worker(Child):
     directory of its control group, or empty."""
 
     role = "worker"
+    swept = True
 
     def begin(self, identity: Identity, user: str, group: str) -> None:
         """Say whose it is."""
@@ -214,12 +212,12 @@ class Worker(Child):
         self.lines = self.waiting = 0
         self.idle: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[None]] = set()
+        self.doubted: set[Endpoint[Worker]] = set()  # whether it may still call these
 
 
-class Session:
+class Session(NamedTuple):
     """Somebody attached. expires: monotonic seconds."""
 
-    def __init__(self, user: str, worker: Worker, expires: float) -> None:
-        self.user = user
-        self.worker = worker
-        self.expires = expires
+    user: str
+    worker: Worker
+    expires: float

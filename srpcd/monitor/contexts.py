@@ -17,8 +17,6 @@ from errno import EAGAIN, EINVAL
 
 from srpcd import selinux
 
-SERVICE = b"srpcd"
-
 ROLES = ("user", "staff", "sysadm", "unconfined")
 """Of `NAME_r`, in this order; a login in it is in the domain `NAME_t`, its worker in `srpc_NAME_worker_t`."""
 
@@ -48,7 +46,7 @@ def worker_context(user: str, daemon: str) -> str:
         raise Unmapped(f"no SELinux context: {fault}") from None
     domain = selinux.domain(context)
     if not (domain.startswith("srpc_") and domain.endswith("_worker_t")):
-        raise Unmapped(f"no SELinux context: {context} is no worker's")
+        raise Unmapped(f"no SELinux context: {selinux_user}:{role}:{level} is not valid, or no worker's")
     return context
 
 
@@ -60,10 +58,8 @@ def _mapping(user: str) -> tuple[str, str, str]:
     # Where it can't read this one, it would take the account's name for an SELinux user's.
     os.close(os.open(library.selinux_usersconf_path(), os.O_RDONLY | os.O_CLOEXEC))
     selinux_user, level = ctypes.c_char_p(), ctypes.c_char_p()
-    ctypes.set_errno(0)
-    if library.getseuser(user.encode(), SERVICE, ctypes.byref(selinux_user), ctypes.byref(level)) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"getseuser: {os.strerror(errno) if errno else 'failed'}")
+    if library.getseuser(user.encode(), b"srpcd", ctypes.byref(selinux_user), ctypes.byref(level)) != 0:
+        raise OSError(ctypes.get_errno(), "the SELinux user can't be found out")
     return (
         (selinux_user.value or b"").decode(),
         (level.value or b"").decode(),
@@ -84,19 +80,16 @@ def _configured(file: str, daemon: str) -> str:
 def _role(selinux_user: str, level: str) -> str:
     """Role and type of a worker of this SELinux user. Raises OSError."""
     for name in ROLES:
-        try:
-            _canonical(selinux_user, f"{name}_r:{name}_t", level)  # whether he has the role: the domain of its logins
-        except OSError as fault:
-            if fault.errno != EINVAL:
-                raise
-        else:
+        if _canonical(selinux_user, f"{name}_r:{name}_t", level):  # he has the role: this is the context of its logins
             return f"{name}_r:srpc_{name}_worker_t"
     raise OSError(EINVAL, f"{selinux_user} has, at level {level or 'none'}, none of the roles {', '.join(ROLES)}")
 
 
-def _canonical(selinux_user: str, role: str, level: str) -> str:
-    context = f"{selinux_user}:{role}{level and ':' + level}"
+def _canonical(*parts: str) -> str:
+    """A context as the kernel writes it; empty where the policy does not know it. Raises OSError."""
     try:
-        return selinux.canonical(context)
+        return selinux.canonical(":".join(filter(None, parts)))
     except OSError as fault:
-        raise OSError(fault.errno, f"{context}: {fault.strerror}") from None
+        if fault.errno != EINVAL:
+            raise
+        return ""

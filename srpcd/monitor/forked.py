@@ -110,7 +110,8 @@ def collect(pid: int, pause: float = 0.005) -> None:
 async def sweep_sessions(sessions: set[int]) -> None:
     """Kill what workers that ended left running: all processes of their sessions.
 
-    A number can't have been given to somebody else meanwhile: the kernel keeps it for as long as it names a session.
+    They must not have been taken off the process table yet: then their numbers can't have been given to somebody else, and
+    name no other session.
     """
     with suppress(OSError, TimeoutError):
         await ask(lambda _end: _sweep(sessions), Drop(None, {}), 10.0)

@@ -13,11 +13,11 @@ import resource
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from errno import EACCES, EMSGSIZE
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from srpcd import ipc, selinux
 from srpcd.wire import frames
@@ -52,21 +52,22 @@ def _attributes(fd: int, labelled: bool) -> tuple[int, int, int, int, int, str]:
     return found.st_mode, found.st_uid, found.st_gid, found.st_ctime_ns, min(found.st_nlink, 1), label
 
 
-class Announcement:
-    """One server of an endpoint. uid: of the service, which alone can open its lines. tell: of a new line, to it."""
+class Announcement(NamedTuple):
+    """One server of an endpoint. uid: of the service, which alone can open its lines. tell: of a new line, to it.
+    doubt: whether it may still serve."""
 
-    def __init__(self, number: int, uid: int, tell: Callable[[int], None]) -> None:
-        self.number = number
-        self.uid = uid
-        self.tell = tell
+    number: int
+    uid: int
+    tell: Callable[[int], None]
+    doubt: Callable[[], None]
 
 
 class Endpoint(Generic[W]):
     """A pinned inode, found at a path, with its servers and callers.
 
     chain: O_PATH descriptors, tree root first, the pipe last. owner: uid on whose account they are. labelled: SELinux is
-    on. seen: what `revoke` has looked at; None at first, so that nobody else's probe can hide a change. joined:
-    (announcement, worker) with a line.
+    on. seen: what `revoke` has looked at; None at first, so that nobody else's probe can hide a change. changed: when
+    that last was another (monotonic seconds). lines: numbers, by announcement and worker.
     """
 
     def __init__(self, key: tuple[int, int, str], chain: list[int], owner: int, labelled: bool) -> None:
@@ -77,7 +78,8 @@ class Endpoint(Generic[W]):
         self.seen: object = None
         self.servers: list[Announcement] = []
         self.callers: set[W] = set()
-        self.joined: set[tuple[int, W]] = set()
+        self.changed = 0.0
+        self.lines: dict[tuple[int, W], int] = {}
 
     @property
     def path(self) -> str:
@@ -107,13 +109,11 @@ class Line(Generic[W]):
     label: of SELinux, the endpoint's when it was made.
     """
 
-    def __init__(
-        self, endpoint: Endpoint[W], server: Announcement, worker: W, directory: str, recv: int, label: str
-    ) -> None:
+    def __init__(self, endpoint: Endpoint[W], server: Announcement, worker: W, place: str, recv: int, label: str) -> None:
         self.endpoint = endpoint
         self.server = server
         self.worker = worker
-        self.directory = directory
+        self.directory = place
         self.recv: int | None = recv
         self.label = label
         self.unopened = {"recv", "send"}
@@ -135,6 +135,7 @@ class Register(Generic[W]):
         self._held: Counter[int] = Counter()  # descriptors, by uid
         self._room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self.endpoints: dict[tuple[int, int, str], Endpoint[W]] = {}
+        self._inodes: dict[tuple[int, int], set[Endpoint[W]]] = {}
         self.lines: dict[int, Line[W]] = {}
         shutil.rmtree(directory, ignore_errors=True)  # what a crash left behind
         os.mkdir(directory, 0o711)
@@ -159,23 +160,24 @@ class Register(Generic[W]):
             return found
         self._held[owner] += len(chain)
         found = self.endpoints[key] = Endpoint(key, chain, owner, self._labelled)
+        self._inodes.setdefault(key[:2], set()).add(found)
         return found
 
     def live(self, dev: int, ino: int) -> bool:
         """Whether anybody serves the pipe with this inode."""
-        return any(each.servers for key, each in self.endpoints.items() if key[:2] == (dev, ino))
+        return any(each.servers for each in self._inodes.get((dev, ino), ()))
 
     def release(self, endpoint: Endpoint[W]) -> None:
         """Forget an endpoint that has neither servers nor callers."""
         if not endpoint.servers and not endpoint.callers and self.endpoints.get(endpoint.key) is endpoint:
             del self.endpoints[endpoint.key]
+            same = self._inodes[endpoint.key[:2]]
+            same.remove(endpoint)
+            if not same:
+                del self._inodes[endpoint.key[:2]]
             self._held[endpoint.owner] -= len(endpoint.chain)
             ipc.close_all(endpoint.chain)
             endpoint.chain = []  # whoever holds it still must not take the numbers for descriptors
-
-    def missing(self, endpoint: Endpoint[W], worker: W) -> Iterable[Announcement]:
-        """The servers of an endpoint to which a worker has no line."""
-        return [server for server in endpoint.servers if (server.number, worker) not in endpoint.joined]
 
     def make_line(
         self, endpoint: Endpoint[W], server: Announcement, worker: W, caller: tuple[int, int, tuple[int, ...], str, str]
@@ -220,7 +222,7 @@ class Register(Generic[W]):
             shutil.rmtree(directory, ignore_errors=True)
             raise
         self.lines[number] = Line(endpoint, server, worker, directory, opened[0], label)
-        endpoint.joined.add((server.number, worker))
+        endpoint.lines[server.number, worker] = number
         return number, opened[1], opened[2]
 
     def opened(self) -> None:
@@ -248,16 +250,13 @@ class Register(Generic[W]):
         """Forget a line and remove what is left of it on disk; the worker's ends are the worker's to close."""
         line = self.lines.pop(number, None)
         if line is not None:
-            line.endpoint.joined.discard((line.server.number, line.worker))
+            del line.endpoint.lines[line.server.number, line.worker]
             self._remove_names(line)
         return line
 
     def close(self) -> None:
-        """Remove everything."""
+        """Remove everything that lies on disk; what is only open ends with the process."""
         for number in list(self.lines):
             self.end_line(number)
-        for endpoint in self.endpoints.values():
-            ipc.close_all(endpoint.chain)
-        self.endpoints.clear()
         os.close(self.inotify)
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -24,22 +24,12 @@ from srpcd.monitor.cgroups import Groups
 from srpcd.monitor.children import Child, Gate, Quota, Session, Worker
 from srpcd.monitor.connections import Connection, HangUps
 from srpcd.monitor.faults import StartFault
-from srpcd.monitor.forked import Turns, in_child, sweep_sessions
+from srpcd.monitor.forked import Turns, collect, in_child, sweep_sessions
 from srpcd.monitor.launch import Drop, Identity
 from srpcd.monitor.lines import Announcement, Endpoint, Register
 from srpcd.monitor.probe import Proof, probe
 from srpcd.monitor.requests import State, Violation, permitted, plain_path
-from srpcd.wire.limits import (
-    AFIDS_MAX,
-    DECIDING_MAX,
-    FAILURES_MAX,
-    LISTENERS_MAX,
-    PAM_CHILDREN_MAX,
-    PROBES_MAX,
-    PROBING_MAX,
-    SERVERS_MAX,
-    SESSIONS_MAX,
-)
+from srpcd.wire import limits as wire
 
 START_SECONDS = 10.0
 """How long a new process may take to prove that it is confined, and an old one to end."""
@@ -87,17 +77,26 @@ class Monitor:
         self._sweep: asyncio.Task[None] | None = None
         self._failures = authentication.Failures()
         # Those whom the kernel vouches for do not wait behind strangers who type no password.
-        self._pam = {each: Turns(PAM_CHILDREN_MAX, PAM_CHILDREN_MAX // 2) for each in ("pam", "peer")}
+        self._pam = {each: Turns(wire.PAM_CHILDREN_MAX, wire.PAM_CHILDREN_MAX // 2) for each in ("pam", "peer")}
         self._keepers = pamsession.Keepers()
         self._pam_context = selinux.with_domain(own.context, selinux.AUTHENTICATION)
-        self._probes = Turns(PROBES_MAX, PROBES_MAX // 8)
+        self._look_ups = Turns(wire.LOOK_UPS_MAX, wire.LOOK_UPS_MAX // 2)
+        self._probes = Turns(wire.PROBES_MAX, wire.PROBES_MAX // 8)
         asyncio.get_running_loop().add_reader(self.register.inotify, self.register.opened)
 
     # --- children ------------------------------------------------------------------------------------------------------
 
     def handle(self, child: Child, message: ipc.Message) -> None:
-        """A request has come. Raises Violation."""
-        getattr(self, permitted(message, child.role, child.state, child.local))(child, message)
+        """A request has come. Raises Violation.
+
+        What a gate asks for on behalf of a connection is that connection's, and is nothing once that is over.
+        """
+        handler = getattr(self, permitted(message, child.role, child.state, child.local))
+        whose: Child | Connection | None = child
+        if isinstance(child, Gate) and hasattr(message, "conn") and not isinstance(message, ipc.Taken):
+            whose = self.connection(child, message.conn)
+        if whose is not None:
+            handler(whose, message)
 
     def start(self, kind: type[Child], name: str, drop: Drop, *arguments: str) -> Any:
         """Start a program of the launch table, as what the monitor calls `kind`. Raises OSError."""
@@ -161,16 +160,20 @@ class Monitor:
             raise Violation(f"connection {number} was never handed out to it")
         return gate.connections.get(number)
 
-    def run(self, connection: Connection, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Do something that takes time, on behalf of a connection and not longer than it."""
+    def run(self, whose: Connection | Worker, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Do something that takes time, on behalf of a connection or worker and not longer than it."""
         task = asyncio.get_running_loop().create_task(work)
-        connection.tasks.add(task)
+        whose.tasks.add(task)
 
         def done(task: "asyncio.Task[None]") -> None:
-            connection.tasks.discard(task)
+            whose.tasks.discard(task)
             if not task.cancelled() and task.exception() is not None:  # a fault of ours: nobody gains by causing it
-                self.log.event("error", "warning", text=f"the monitor failed: {task.exception()!r}", peer=connection.peer)
-                self.connection_over(connection)
+                text = f"the monitor failed: {task.exception()!r}"
+                if isinstance(whose, Worker):
+                    whose.kill(text)
+                else:
+                    self.log.event("error", "warning", text=text, peer=whose.peer)
+                    self.connection_over(whose)
 
         task.add_done_callback(done)
         return task
@@ -205,10 +208,9 @@ class Monitor:
         gate.untaken.pop(message.conn, None)
         gate.room()
 
-    def refusal(self, gate: Gate, message: ipc.Refusal) -> None:
-        connection = self.connection(gate, message.conn)
-        session = connection.sessions.get(message.session) if connection else None
-        if connection and session and connection.quota.take():
+    def refusal(self, connection: Connection, message: ipc.Refusal) -> None:
+        session = connection.sessions.get(message.session)
+        if session and connection.quota.take():
             self.log.event(
                 "info", "refused", operation=message.operation, conn=connection.number, peer=connection.peer,
                 user=session.user, endpoint="/" + message.path, errno=message.errno,
@@ -216,15 +218,12 @@ class Monitor:
 
     # --- authentication ------------------------------------------------------------------------------------------------
 
-    def authenticate(self, gate: Gate, message: ipc.Authenticate) -> None:
-        connection = self.connection(gate, message.conn)
-        if connection is None:
-            return
+    def authenticate(self, connection: Connection, message: ipc.Authenticate) -> None:
         if message.afid in connection.afids or message.mechanism not in self._pam:
             raise Violation("an afid twice, or a mechanism that there is none of")
-        if len(connection.afids) >= AFIDS_MAX or connection.authenticating or connection.failures >= FAILURES_MAX:
+        if len(connection.afids) >= wire.AFIDS_MAX or connection.authenticating or connection.failures >= wire.FAILURES_MAX:
             text = "one authentication at a time on a connection, and a bounded number of afids and failures"
-            gate.send(ipc.Verdict(message.conn, message.afid, EAGAIN, text))
+            connection.gate.send(ipc.Verdict(message.conn, message.afid, EAGAIN, text))
             return
         afid = connection.afids[message.afid] = Afid(message.uname, plain_path(message.aname))
         connection.authenticating = afid
@@ -240,12 +239,12 @@ class Monitor:
                 attempt.begun = True
                 connection.failures += 1
                 if not by_password:  # who it is not can be told without PAM
-                    reason = self._policy(await self._look_up(user), connection, message.mechanism)
+                    reason = self._policy(await self._look_up(user, connection), connection, message.mechanism)
                 if by_password or not reason:
                     outcome = await self._converse(connection, message)
                     reason, answered = outcome.reason, outcome.answered
                     if not outcome.errno:
-                        reason = self._policy(await self._look_up(user), connection, message.mechanism)
+                        reason = self._policy(await self._look_up(user, connection), connection, message.mechanism)
                 if not reason:
                     attempt.accepted = True
                     errno, told = 0, ""
@@ -263,7 +262,7 @@ class Monitor:
                        reason=reason or None)  # fmt: skip
             if errno and connection.afids.get(message.afid) is afid:
                 del connection.afids[message.afid]
-            if connection.failures >= FAILURES_MAX:
+            if connection.failures >= wire.FAILURES_MAX:
                 self.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
                 asyncio.get_running_loop().call_later(1.0, self.connection_over, connection)  # after the last answer
         if not errno:
@@ -271,9 +270,10 @@ class Monitor:
             connection.becomes_known()
         connection.gate.send(ipc.Verdict(connection.number, message.afid, errno, told))
 
-    async def _look_up(self, user: str) -> accounts.Account | None:
+    async def _look_up(self, user: str, connection: Connection) -> accounts.Account | None:
         try:
-            return await accounts.look_up(user, self.own.context)
+            async with self._look_ups.turn(connection.origin):
+                return await accounts.look_up(user, self.own.context)
         except OSError as fault:
             raise Denied(EAGAIN, f"no look-up of accounts at the moment: {fault.strerror or fault}") from None
 
@@ -322,45 +322,36 @@ class Monitor:
         child.result = message
         child.release()
 
-    def forget_afid(self, gate: Gate, message: ipc.ForgetAfid) -> None:
-        connection = self.connection(gate, message.conn)
-        afid = connection.afids.pop(message.afid, None) if connection else None
-        if connection and afid and afid.task:
+    def forget_afid(self, connection: Connection, message: ipc.ForgetAfid) -> None:
+        afid = connection.afids.pop(message.afid, None)
+        if afid and afid.task:
             afid.task.cancel()
             if connection.authenticating is afid:
                 connection.authenticating = None
 
     # --- sessions and workers ------------------------------------------------------------------------------------------
 
-    def attach(self, gate: Gate, message: ipc.Attach) -> None:
-        connection = self.connection(gate, message.conn)
-        if connection is None:
-            return
+    def attach(self, connection: Connection, message: ipc.Attach) -> None:
         afid, aname = connection.afids.get(message.afid), plain_path(message.aname)
         if afid is None or not afid.allows(message.uname, aname):
             text = "the afid is not accepted, too old, or not for this user and this part of the tree"
-            gate.send(ipc.Refused(message.conn, message.request, EACCES, text))
-        elif len(connection.sessions) >= SESSIONS_MAX:
-            gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many sessions on one connection"))
+            connection.gate.send(ipc.Refused(message.conn, message.request, EACCES, text))
+        elif len(connection.sessions) >= wire.SESSIONS_MAX:
+            connection.gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many sessions on one connection"))
         else:
             expires = time.monotonic() + self.config.authentication.session_age
             self._grant(connection, message.request, afid.uname, aname, (next(self._numbers), expires, 0))
 
-    def resume(self, gate: Gate, message: ipc.Resume) -> None:
-        connection = self.connection(gate, message.conn)
-        if connection is None:
-            return
+    def resume(self, connection: Connection, message: ipc.Resume) -> None:
         session = connection.sessions.get(message.session)
         if session is None or session.expires < time.monotonic():
-            gate.send(ipc.Refused(message.conn, message.request, EKEYEXPIRED, ""))
+            connection.gate.send(ipc.Refused(message.conn, message.request, EKEYEXPIRED, ""))
         else:
             ticket = (message.session, session.expires, message.link)
             self._grant(connection, message.request, session.user, "", ticket)
 
-    def detach(self, gate: Gate, message: ipc.Detach) -> None:
-        connection = self.connection(gate, message.conn)
-        if connection is not None:
-            self._end_session(connection, message.session)
+    def detach(self, connection: Connection, message: ipc.Detach) -> None:
+        self._end_session(connection, message.session)
 
     def _grant(self, connection: Connection, request: int, user: str, aname: str, ticket: tuple[int, float, int]) -> None:
         """Answer an attach or resume. ticket: the session's number, when it expires, the link that the gate has lost."""
@@ -386,7 +377,7 @@ class Monitor:
                 connection.pending -= 1
             self._told("attach", connection, errno, user=user, aname="/" + aname, reason=text or None)
 
-        if connection.pending >= DECIDING_MAX:
+        if connection.pending >= wire.DECIDING_MAX:
             connection.gate.send(ipc.Refused(connection.number, request, EAGAIN, "too many requests at once"))
         else:
             connection.pending += 1
@@ -407,7 +398,7 @@ class Monitor:
 
     async def _worker(self, connection: Connection, user: str) -> Worker:
         """The worker of a user as he is now, started if there is none. Raises Denied."""
-        account = await self._look_up(user)
+        account = await self._look_up(user, connection)
         reason = self._policy(account, connection, "")
         if account is None or reason:
             raise Denied(EACCES, reason)
@@ -499,11 +490,12 @@ class Monitor:
             del self.workers[worker.identity]
         for task in list(worker.tasks):
             task.cancel()
-        for number in [number for number, line in self.register.lines.items() if line.worker is worker]:
-            self.register.end_line(number)
         for endpoint in list(worker.endpoints):
+            for server in endpoint.servers:
+                self.register.end_line(endpoint.lines.get((server.number, worker), 0))
             self._forget_caller(worker, endpoint)
         if self.groups:
+            collect(worker.pid)
             self.groups.end(worker.group)
             return
         self._dead.add(worker.pid)
@@ -514,6 +506,8 @@ class Monitor:
         while self._dead:
             dead, self._dead = self._dead, set()
             await sweep_sessions(dead)
+            for pid in dead:  # until now nobody else could get its number, and with that the name of its session
+                collect(pid)
 
     def _forget_caller(self, worker: Worker, endpoint: Endpoint[Worker]) -> None:
         worker.endpoints.discard(endpoint)
@@ -538,21 +532,22 @@ class Monitor:
             )  # fmt: skip
         return proof
 
-    def announce(self, gate: Gate, message: ipc.Announce) -> None:
-        connection = self.connection(gate, message.conn)
-        if connection is None:
-            return
+    def announce(self, connection: Connection, message: ipc.Announce) -> None:
         path, identity = plain_path(message.path), connection.identity
         if identity is None:
             raise Violation("an announcement for nobody")
-        if connection.pending + len(connection.announcements) >= LISTENERS_MAX or connection.pending >= DECIDING_MAX:
-            gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many announcements on one connection"))
+        if (
+            connection.pending + len(connection.announcements) >= wire.LISTENERS_MAX
+            or connection.pending >= wire.DECIDING_MAX
+        ):
+            text = "too many announcements on one connection"
+            connection.gate.send(ipc.Refused(message.conn, message.request, EAGAIN, text))
             return
         connection.pending += 1
         self.run(connection, self._announce(connection, identity, message.request, path))
 
     async def _announce(self, connection: Connection, identity: Identity, request: int, path: str) -> None:
-        errno, text = 0, ""
+        errno, text, began = 0, "", time.monotonic()
         try:
             if identity.uid in self.daemon_uids | {0, authentication.OVERFLOW_UID}:
                 raise Denied(EPERM, "a service needs an account of its own: root and the daemon's accounts can't announce")
@@ -562,7 +557,7 @@ class Monitor:
                 return
             if refused:
                 raise Denied(refused)
-            text = self._enter(connection, request, identity.uid, path, chain)
+            text = self._enter(connection, request, identity.uid, path, chain, began)
         except Denied as denied:
             errno, text = denied.errno, denied.message
             connection.gate.send(ipc.Refused(connection.number, request, errno, text))
@@ -570,17 +565,23 @@ class Monitor:
             connection.pending -= 1
         self._told("announce", connection, errno, uid=identity.uid, endpoint="/" + path, reason=text or None)
 
-    def _enter(self, connection: Connection, request: int, uid: int, path: str, chain: list[int]) -> str:
-        """Enter a server, tell it so, and give its callers lines. Returns a warning, or nothing. Raises Denied."""
+    def _enter(self, connection: Connection, request: int, uid: int, path: str, chain: list[int], began: float) -> str:
+        """Enter a server, tell it so, and give its callers lines. began: when its probe did (monotonic seconds).
+
+        Returns a warning, or nothing. Raises Denied.
+        """
         endpoint, number = self.register.endpoint(path, chain, uid), next(self._numbers)
-        if endpoint is None or len(endpoint.servers) >= SERVERS_MAX:
+        if endpoint is None or len(endpoint.servers) >= wire.SERVERS_MAX:
             raise Denied(EAGAIN, "too many endpoints, or too many processes that serve this one")
         gate, conn = connection.gate, connection.number
-        server = Announcement(number, uid, lambda line: gate.send(ipc.NewLine(conn, number, line)))
+        server = Announcement(
+            number, uid, lambda line: gate.send(ipc.NewLine(conn, number, line)), lambda: self._doubt(connection, endpoint)
+        )
         endpoint.servers.append(server)
+        if endpoint.changed >= began:  # it has been looked at since then, and not for us
+            server.doubt()
         connection.announcements[number] = endpoint, server
-        if not connection.known:
-            connection.becomes_known()
+        connection.becomes_known()
         mode, warning = endpoint.mode, ""
         if mode & 0o060 == 0o060 or mode & 0o006 == 0o006:
             warning = f"mode {mode & 0o777:o}: whoever may call this endpoint may also serve it; take read away from callers"
@@ -589,16 +590,15 @@ class Monitor:
             self._join(endpoint, server, worker)
         return warning
 
-    def withdraw(self, gate: Gate, message: ipc.Withdraw) -> None:
-        connection = self.connection(gate, message.conn)
-        if connection and message.announcement in connection.announcements:
+    def withdraw(self, connection: Connection, message: ipc.Withdraw) -> None:
+        if message.announcement in connection.announcements:
             self._withdraw(connection, message.announcement)
 
     def _withdraw(self, connection: Connection, number: int) -> None:
         endpoint, server = connection.announcements.pop(number)
         endpoint.servers.remove(server)
-        for line_number in [each for each, line in self.register.lines.items() if line.server is server]:
-            self._line_over(line_number)
+        for line in [line for (each, _worker), line in endpoint.lines.items() if each == number]:
+            self._line_over(line)
         self.register.release(endpoint)
         if connection.quota.take():
             self.log.event("info", "withdraw", conn=connection.number, peer=connection.peer, endpoint="/" + endpoint.path)
@@ -627,15 +627,14 @@ class Monitor:
 
     def lines_wanted(self, worker: Worker, message: ipc.LinesWanted) -> None:
         path, inode = plain_path(message.path), (message.dev, message.ino)
-        if worker.waiting >= PROBING_MAX or len(worker.endpoints) >= self.config.limits.lines_per_worker:
+        if worker.waiting >= wire.PROBING_MAX or len(worker.endpoints) >= self.config.limits.lines_per_worker:
             worker.send(ipc.Lines(*inode, EAGAIN))
             return
         worker.waiting += 1
-        task = asyncio.get_running_loop().create_task(self._lines_wanted(worker, path, inode))
-        worker.tasks.add(task)
-        task.add_done_callback(worker.tasks.discard)
+        self.run(worker, self._lines_wanted(worker, path, inode))
 
     async def _lines_wanted(self, worker: Worker, path: str, inode: tuple[int, int]) -> None:
+        began = time.monotonic()
         try:
             errno, chain, _reason = await self._probe(worker.identity, worker.quota, path, os.O_WRONLY, inode)
         finally:
@@ -647,8 +646,11 @@ class Monitor:
         if endpoint is not None:
             endpoint.callers.add(worker)
             worker.endpoints.add(endpoint)
-            for server in self.register.missing(endpoint, worker):
-                self._join(endpoint, server, worker)
+            if endpoint.changed >= began:
+                self._doubt(worker, endpoint)
+            for server in endpoint.servers:
+                if (server.number, worker) not in endpoint.lines:
+                    self._join(endpoint, server, worker)
         elif not errno:
             errno = EAGAIN
         worker.send(ipc.Lines(*inode, errno))
@@ -664,43 +666,54 @@ class Monitor:
 
     # --- what is looked at from time to time ---------------------------------------------------------------------------
 
-    async def revoke(self) -> None:
-        """Where attributes of an endpoint or of a directory above it changed: probe again, kill workers that fail.
-
-        The same for all endpoints where the SELinux policy has changed. What a worker holds is its lines. One that holds
-        none is only forgotten: it has to ask again.
-        """
+    def revoke(self) -> None:
+        """Where attributes of an endpoint or of a directory above it changed, or the policy, doubt who calls and serves."""
         policy = selinux.status() if self.own.context else b""
-        for endpoint in list(self.register.endpoints.values()):
-            if not endpoint.chain:  # released while others were looked at
-                continue
-            # Before the probes, so that what changes meanwhile is seen the next time.
+        for endpoint in self.register.endpoints.values():
             found = [policy, *endpoint.attributes()]
-            if endpoint.seen == found:  # None at first: what changed since its first probe is not known
-                continue
-            tried = True
-            for worker in list(endpoint.callers):
-                errno, chain, _reason = await self._probe(
-                    worker.identity, worker.quota, endpoint.path, os.O_WRONLY, endpoint.key[:2]
-                )
-                ipc.close_all(chain)
-                if worker not in endpoint.callers or errno == EAGAIN:
-                    tried = tried and errno != EAGAIN
-                elif errno and any(joined is worker for _server, joined in endpoint.joined):
-                    worker.kill(f"may no longer call /{endpoint.path} (errno {errno})")
-                elif errno:
-                    self._forget_caller(worker, endpoint)
-            self._renew_lines(endpoint)
-            if tried:
-                endpoint.seen = found
+            if endpoint.seen != found:  # None at first: what changed since its first probe is not known
+                endpoint.seen, endpoint.changed = found, time.monotonic()
+                for worker in endpoint.callers:
+                    self._doubt(worker, endpoint)
+                for server in endpoint.servers:
+                    server.doubt()
 
-    def _renew_lines(self, endpoint: Endpoint[Worker]) -> None:
-        """Where an endpoint has another label now: other lines, for the kernel goes by those. Calls may finish."""
-        label = endpoint.label
-        for number, line in list(self.register.lines.items()):
-            if line.endpoint is endpoint and line.label != label and line.worker.state is not State.DONE:
-                self._line_over(number)
-                self._join(endpoint, line.server, line.worker)
+    def _doubt(self, whose: Connection | Worker, endpoint: Endpoint[Worker]) -> None:
+        """Probe again, soon, whether somebody may still serve or call an endpoint."""
+        if not whose.doubted:  # one probe at a time for each of them: whoever has his own ones take long delays nobody else
+            self.run(whose, self._settle(whose))
+        whose.doubted.add(endpoint)
+
+    async def _settle(self, whose: Connection | Worker) -> None:
+        calls, identity = isinstance(whose, Worker), whose.identity
+        while whose.doubted and identity is not None:
+            endpoint = next(iter(whose.doubted))
+            changed = endpoint.changed
+            access = os.O_WRONLY if calls else os.O_RDONLY
+            errno, chain, _reason = await self._probe(identity, whose.quota, endpoint.path, access, endpoint.key[:2])
+            ipc.close_all(chain)
+            if errno == EAGAIN:
+                await asyncio.sleep(1.0)  # there was no process for it
+            elif endpoint.changed == changed:  # else it is doubted anew
+                whose.doubted.discard(endpoint)
+                if isinstance(whose, Worker):
+                    self._settled_caller(whose, endpoint, errno)
+                elif errno and any(each is endpoint for each, _server in whose.announcements.values()):
+                    self._told("announce", whose, errno, uid=identity.uid, endpoint="/" + endpoint.path, reason="no longer")
+                    self.connection_over(whose)  # the client library comes again, and is told why
+
+    def _settled_caller(self, worker: Worker, endpoint: Endpoint[Worker], errno: int) -> None:
+        """Kill a worker that may not call and could, since it has a line; one that has none has to ask again."""
+        lines = [(server, endpoint.lines.get((server.number, worker), 0)) for server in endpoint.servers]
+        if errno and any(number for _server, number in lines):
+            worker.kill(f"may no longer call /{endpoint.path} (errno {errno})")
+        elif errno:
+            self._forget_caller(worker, endpoint)
+        elif worker.state is not State.DONE:
+            for server, number in lines:  # with the endpoint's label, by which the kernel goes; calls may finish
+                if number and self.register.lines[number].label != endpoint.label:
+                    self._line_over(number)
+                    self._join(endpoint, server, worker)
 
     async def refresh(self) -> None:
         """Look afresh at who the users with workers are; a worker that is not what its user is now ends."""

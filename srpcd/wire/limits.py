@@ -67,6 +67,10 @@ when each is escaped. The oldest are dropped."""
 FAILURES_MAX = 6
 """Failed authentications that end a connection: as many as OpenSSH allows (MaxAuthTries)."""
 
+LOOK_UPS_MAX = 32
+"""Accounts that are looked up at once, half of them for one address or local user: each is a process of root's, for as long
+as a directory service takes. More wait in line."""
+
 PAM_CHILDREN_MAX = 8
 """Authentications at once, half of them from one address: each is a process of root's. More wait in line."""
 

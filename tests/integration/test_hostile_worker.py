@@ -5,9 +5,12 @@ The worker is a real process under the real monitor, behind a real gate; it runs
 """
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from errno import EACCES, EBADF, ENOENT, EPERM, ESTALE
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,7 @@ from srpc_client import blocking
 from tests import realm
 from tests.hostile.puppet import hostile_daemon
 from tests.integration import stage
+from tests.realm import processes
 
 pytestmark = pytest.mark.needs_root
 
@@ -180,18 +184,61 @@ result = os.read(read, 4096)[24:]
         realm.strip(daemon.tree / "calc/echo")
 
 
+def keep_line(connection: blocking.Connection) -> processes.Process:
+    """A worker that was taken over, with a line."""
+    assert run(connection, "setup.__dict__['kept'] = line('calc/echo'); result = 1") == 1
+    found = processes.look(int(str(run(connection, "result = os.getpid()"))))
+    assert found is not None
+    assert processes.alive(found)
+    return found
+
+
 def test_a_line_that_it_keeps_after_the_right_was_taken_away_is_of_no_use_for_long(
     alice: blocking.Connection, daemon: realm.Daemon
 ) -> None:
     pipe = daemon.tree / "calc/echo"
     mode = pipe.stat().st_mode & 0o777
-    assert run(alice, "kept = line('calc/echo') if want('calc/echo') == 0 else None; result = 1") == 1
-    pids = {each.pid for each in daemon.processes("worker", "alice")}
+    taken = keep_line(alice)
     try:
         pipe.chmod(0o600)
-        assert stage.eventually(lambda: not pids & {each.pid for each in daemon.processes("worker", "alice")}, 5)
+        assert stage.eventually(lambda: not processes.alive(taken), 5)
     finally:
         pipe.chmod(mode)
+
+
+STOP = """
+for n in range(12):
+    attempt(lambda: os.mkfifo(f'{setup.tree}/bobs/{n}'))
+    assert want(f'bobs/{n}') == 0
+over, stopped = time.monotonic() + 9, set()
+while time.monotonic() < over:
+    with open('/proc/loadavg') as file:
+        last = int(file.read().split()[-1])
+    for pid in range(last, last + 3):
+        if pid != os.getpid() and attempt(lambda: os.kill(pid, 19)) is None:
+            stopped.add(pid)
+result = len(stopped)
+"""
+
+
+def test_it_can_not_delay_that_for_others_by_stopping_its_own_users_probes(
+    alice: blocking.Connection, bob: blocking.Connection, daemon: realm.Daemon
+) -> None:
+    stage.make_directory(daemon.tree / "bobs", "bob")
+    pipe = daemon.tree / "calc/echo"
+    mode = pipe.stat().st_mode & 0o777
+    stopped: list[Any] = []
+    thread = threading.Thread(target=lambda: stopped.append(run(bob, STOP)))
+    thread.start()
+    try:
+        time.sleep(2.0)
+        taken = keep_line(alice)
+        pipe.chmod(0o600)
+        assert stage.eventually(lambda: not processes.alive(taken), 4)
+    finally:
+        pipe.chmod(mode)
+        thread.join()
+    assert stopped[0]  # else it has not tried
 
 
 @pytest.mark.parametrize(
