@@ -305,3 +305,24 @@ except OSError as fault:
 """
     done = realm.run_as("alice", realm.python(code, f"unix:{daemon.local}"))
     assert done.stdout.split() == [str(EACCES).encode()], done
+
+
+def test_a_service_that_may_no_longer_read_its_endpoint_loses_its_callers_and_gets_them_back(
+    alice: blocking.Connection, daemon: realm.Daemon
+) -> None:
+    """The endpoint is the administrator's; the service has its right by an entry in the access list."""
+    pipe = stage.make_directory(daemon.tree / "lent") / "echo"
+    svc, who = realm.account("svc").uid, realm.account("alice").uid
+    os.mkfifo(pipe)
+    pipe.chmod(0o600)
+    for uid, permissions in ((svc, "rw"), (who, "w")):
+        realm.grant(pipe, permissions, uid=uid)
+    with stage.service(daemon, "/calc/slow", "/lent/echo"):
+        assert stage.errno_of(alice, "/lent/echo") == 0
+        realm.grant(pipe, "w", uid=svc)
+        event = daemon.wait_event("announce", outcome="refused", endpoint="/lent/echo")
+        assert (event["uid"], event["errno"]) == (svc, EACCES)
+        assert stage.eventually(lambda: stage.errno_of(alice, "/lent/echo") == ENXIO)
+        assert stage.eventually(lambda: stage.errno_of(alice, "/calc/slow", b"0") == 0)  # that it still may
+        realm.grant(pipe, "r", uid=svc)
+        assert stage.eventually(lambda: stage.errno_of(alice, "/lent/echo") == 0, 15)

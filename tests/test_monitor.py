@@ -1,0 +1,86 @@
+"""Parts of the monitor by themselves, where what an attacker needs is a moment that no test of the whole can choose."""
+
+import asyncio
+import os
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from srpcd.log import Log
+from srpcd.monitor import accounts, children, launch
+from srpcd.monitor import monitor as module
+from srpcd.monitor.forked import Turns
+from srpcd.monitor.monitor import Monitor
+from srpcd.monitor.probe import Proof
+
+
+def zombie(pid: int) -> bool:
+    """Whether a child of ours has ended and its number can't be given to anybody else."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
+async def test_a_dead_workers_number_stays_taken_until_its_session_was_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it could name the session of somebody who was started meanwhile, all of which would be killed."""
+    seen: list[bool] = []
+
+    async def sweep(sessions: set[int]) -> None:
+        await asyncio.sleep(0.1)
+        seen.extend(zombie(pid) for pid in sessions)
+
+    monkeypatch.setattr(module, "sweep_sessions", sweep)
+    monitor: Any = SimpleNamespace(workers={}, groups=None, _dead=set(), _sweep=None)
+    monitor._sweep_dead = lambda: Monitor._sweep_dead(monitor)
+    spawned = launch.spawn(("/bin/true",), launch.Drop(None, {}))
+    worker = children.Worker(spawned, "alice", Log(2, level="error"), lambda *_: None)
+    worker.begin(launch.Identity(20_000, 20_000, ()), "alice", "")
+    worker.gone.add_done_callback(lambda _: Monitor._worker_gone(monitor, worker))
+    assert await worker.gone == 0
+    await asyncio.sleep(0.05)
+    await monitor._sweep
+    assert seen == [True]
+    assert not zombie(worker.pid)
+
+
+async def test_accounts_are_looked_up_a_bounded_number_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a process of root's, for as long as a directory service takes."""
+    running: dict[str, int] = {}
+    most: dict[str, int] = {}
+
+    async def look_up(user: str, _daemon: str) -> None:
+        running[user] = running.get(user, 0) + 1
+        most[user] = max(most.get(user, 0), running[user])
+        await asyncio.sleep(0.01)
+        running[user] -= 1
+
+    monkeypatch.setattr(accounts, "look_up", look_up)
+    monitor: Any = SimpleNamespace(own=launch.Identity(0, 0, ()), _look_ups=Turns(4, 2))
+    origins: list[Any] = [SimpleNamespace(origin="uid:1"), SimpleNamespace(origin="uid:2")]
+    await asyncio.gather(*(Monitor._look_up(monitor, each.origin, each) for each in origins for _ in range(20)))
+    assert most == {"uid:1": 2, "uid:2": 2}
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_what_changed_while_a_right_was_proved_is_looked_at_again(changed: bool) -> None:
+    """A user can stop his probe between its proof and its answer; the look at what changed may come just then."""
+    endpoint: Any = type("Endpoint", (), {})()
+    vars(endpoint).update(changed=time.monotonic() - 1, callers=set(), servers=[], lines={}, key=(1, 2, "echo"))
+    doubted: list[object] = []
+
+    async def probe(*_: object) -> Proof:
+        await asyncio.sleep(0.01)
+        if changed:
+            endpoint.changed = time.monotonic()
+        return Proof(0, [])
+
+    monitor: Any = SimpleNamespace(_probe=probe, _doubt=lambda *pair: doubted.append(pair))
+    monitor.register = SimpleNamespace(endpoint=lambda *_: endpoint)
+    identity = launch.Identity(20_000, 20_000, ())
+    worker: Any = type("Worker", (), {"send": lambda *_: None})()  # hashable, which a SimpleNamespace is not
+    vars(worker).update(identity=identity, quota=None, waiting=1, state=None, endpoints=set())
+    await Monitor._lines_wanted(monitor, worker, "echo", (1, 2))
+    assert doubted == ([(worker, endpoint)] if changed else [])
