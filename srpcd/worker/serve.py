@@ -52,6 +52,9 @@ HANDLER_INPUT_MAX = 64 * MIB
 _TELL_MAX = 4096
 """Messages that may wait for the monitor to read them. It never lets that happen while it works."""
 
+PEERS_MAX = 65536
+"""Connections of one gate whose addresses are remembered: whoever has taken a gate over is not to fill our memory."""
+
 _KNOWN_MAX = 4096
 """Endpoints whose key in the frames of gates is remembered."""
 
@@ -137,6 +140,8 @@ class GateLink(Link):
     def _open(self, conn: int, body: bytes) -> None:
         if b"\0" in body:
             raise ProtocolError(EPROTO, "a peer's address with a NUL")
+        if len(self._peers) >= PEERS_MAX:
+            raise ProtocolError(EPROTO, "more connections than any gate has")
         self._peers[conn] = body.decode(errors="replace")
 
     def _close(self, conn: int, body: bytes) -> None:

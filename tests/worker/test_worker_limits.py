@@ -12,6 +12,7 @@ import pytest
 from srpcd import ipc
 from srpcd.wire import frames
 from srpcd.wire.limits import LINE_OUTSTANDING_MAX, PAYLOAD_MAX
+from srpcd.worker.serve import PEERS_MAX
 
 if TYPE_CHECKING:
     from tests.worker.conftest import Bench, Gate
@@ -140,3 +141,13 @@ def test_large_calls_that_nobody_takes_are_refused_and_others_go_on(start: "Call
     assert errno.EAGAIN in found
     assert set(found) <= {errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET}
     assert gate.walk("")
+
+
+def test_a_gate_can_not_have_it_remember_connections_without_end(bench: "Bench", gate: "Gate") -> None:
+    other, last = bench.gate(), 0
+    with pytest.raises((BrokenPipeError, EOFError)):  # noqa: PT012
+        for last in range(2, 200_000, 1000):
+            gate.send_raw(b"".join(frames.frame(ipc.OPEN, conn, b"x" * 255) for conn in range(last, last + 1000)))
+        gate.receive()
+    assert last < PEERS_MAX + 2000
+    other.walk("")
