@@ -80,7 +80,7 @@ ROWS = (
         "monitor, contexts by libselinux",
         ("srpcd/monitor/contexts.py",),
         ("srpcd.selinux",),
-        only=("ctypes", "os"),
+        only=("contextlib", "ctypes", "errno", "os"),
     ),
     Row(
         "monitor, PAM sessions",

@@ -87,3 +87,9 @@ def test_a_file_that_can_not_be_read_to_its_end_is_an_error(directories: tuple[P
     (directories[0] / "srpcd").write_text(text)
     with pytest.raises(OSError):  # noqa: PT011
         pamsession.asked_for("srpcd")
+
+
+def test_a_service_is_looked_for_by_its_name_in_small_letters_as_libpam_does(directories: tuple[Path, Path]) -> None:
+    """Else sessions, and the limits that they set, would silently not be opened."""
+    (directories[0] / "srpcd").write_text("session required pam_limits.so\n")
+    assert pamsession.asked_for("Srpcd")

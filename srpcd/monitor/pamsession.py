@@ -61,7 +61,7 @@ def asked_for(service: str) -> bool:
     Raises OSError where a file can't be read, or an included one is missing: then nobody knows.
     """
     try:
-        text = _content(service)
+        text = _content(service.lower())  # as libpam does
     except FileNotFoundError:
         return False
     return _has_session(text, 0)
