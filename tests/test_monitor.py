@@ -1,13 +1,17 @@
 """Parts of the monitor by themselves, where what an attacker needs is a moment that no test of the whole can choose."""
 
 import asyncio
+import contextlib
 import os
+import signal
+import socket
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from srpcd import ipc
 from srpcd.log import Log
 from srpcd.monitor import accounts, children, launch
 from srpcd.monitor import monitor as module
@@ -84,3 +88,26 @@ async def test_what_changed_while_a_right_was_proved_is_looked_at_again(changed:
     vars(worker).update(identity=identity, quota=None, waiting=1, state=None, endpoints=set())
     await Monitor._lines_wanted(monitor, worker, "echo", (1, 2))
     assert doubted == ([(worker, endpoint)] if changed else [])
+
+
+async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others cause waits for him, descriptors too; a little read now and then is no excuse."""
+    monkeypatch.setattr(children, "_UNREAD_SECONDS", 0.5)
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    requests, errors = ipc.packet_pipe(), launch.plain_pipe()
+    pid, pidfd = launch.fork(lambda: time.sleep(60))
+    spawned = launch.Spawned(pid, pidfd, here, requests[0], errors[0])
+    child = children.Child(spawned, "alice", Log(2, level="error"), lambda *_: None)
+    there.setblocking(False)
+    end = time.monotonic() + 10
+    while not child.gone.done() and time.monotonic() < end:
+        for number in range(400):
+            child.send(ipc.LineOver(number))
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(250):
+                ipc.receive(there)
+        await asyncio.sleep(0.05)
+    assert await asyncio.wait_for(child.gone, 1) == -signal.SIGKILL
+    there.close()
+    for _read, write in (requests, errors):
+        os.close(write)
