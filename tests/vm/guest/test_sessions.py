@@ -1,8 +1,6 @@
 """PAM sessions in the installed service: the lines that its PAM file has as remarks work as they are."""
 
 import pwd
-import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +9,6 @@ import pytest
 
 from tests.vm.guest.test_contexts import DAEMON, context_of, dial, running, until, worker
 
-DOCUMENT = Path(__file__).parents[3] / "docs/install.md"
-DROP_IN = Path("/run/systemd/system/srpcd.service.d/sessions.conf")
 PAM, LIMITS = Path("/etc/pam.d/srpcd"), Path("/etc/security/limits.d/srpc-test.conf")
 
 
@@ -24,19 +20,10 @@ def sessions() -> Iterator[None]:
     assert asked.count("\nsession required") == 2
     PAM.write_text(asked)
     LIMITS.write_text("alice soft nofile 100\nalice hard nofile 200\n")
-    settings = re.search(
-        r"^# systemctl edit srpcd.service\n(\[Service\]\n.*?CAP_SYS_RESOURCE.*?)\n```", DOCUMENT.read_text(), re.M | re.S
-    )
-    assert settings
-    DROP_IN.parent.mkdir(exist_ok=True)
-    DROP_IN.write_text(settings[1] + "\n")
-    subprocess.run(["systemctl", "daemon-reload"], check=True)
     subprocess.run(["systemctl", "restart", "srpcd"], check=True)
     yield
     PAM.write_text(before)
     LIMITS.unlink()
-    shutil.rmtree(DROP_IN.parent)
-    subprocess.run(["systemctl", "daemon-reload"], check=True)
     subprocess.run(["systemctl", "restart", "srpcd"], check=True)
 
 
