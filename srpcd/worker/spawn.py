@@ -9,11 +9,11 @@ their worker, however it ends, also where the monitor ends with it. (A parent de
 the new process itself, would spare what that forks, and is cleared when SELinux changes the domain at the exec.)
 """
 
-import ctypes
 import os
 from errno import ENOENT, ENOEXEC
 from fcntl import F_SETFL, F_SETOWN, F_SETSIG, fcntl
 
+from srpcd import libc
 from srpcd.wire.errors import RequestError
 
 TYPE_CHECKING = False
@@ -24,7 +24,7 @@ else:
 
 _CLOSE_RANGE_CLOEXEC = 4
 _SIGNALS = _signal.valid_signals()
-_libc = ctypes.CDLL(None, use_errno=True)
+_close_range = libc.function("close_range", libc.Int, libc.Unsigned, libc.Unsigned, libc.Int)
 _zombies: "list[int]" = []  # held back by their tracers, to be collected when the next program starts
 
 
@@ -36,9 +36,8 @@ def _collect() -> None:
 
 def _inherit_nothing() -> None:
     """No descriptor above 2 survives an exec, whoever opened it, and however. Raises OSError."""
-    if _libc.close_range(ctypes.c_uint(3), ctypes.c_uint(0xFFFFFFFF), ctypes.c_int(_CLOSE_RANGE_CLOEXEC)) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+    if _close_range(3, 0xFFFFFFFF, _CLOSE_RANGE_CLOEXEC) != 0:
+        libc.failed("close_range")
 
 
 class Process:
