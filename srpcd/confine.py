@@ -5,13 +5,14 @@ not ask whether something changed but whether everything *is* as told (OpenSSH's
 what was dropped, and so do we). Any surprise raises `NotConfined`, and the process ends before it reads a request.
 """
 
-import ctypes
 import os
+
+from srpcd import libc
 
 PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE = 1, 3, 4
 PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_prctl = libc.function("prctl", libc.Int, libc.Int, *[libc.UnsignedLong] * 4)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,10 +25,9 @@ class NotConfined(Exception):
 
 def prctl(option: int, value: int = 0) -> int:
     """prctl(2) with the unused arguments 0, as the kernel demands. Raises OSError."""
-    result: int = _libc.prctl(ctypes.c_int(option), *(ctypes.c_ulong(each) for each in (value, 0, 0, 0)))
+    result = _prctl(option, value, 0, 0, 0)
     if result < 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"prctl({option}): {os.strerror(errno)}")
+        libc.failed(f"prctl({option})")
     return result
 
 

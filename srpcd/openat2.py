@@ -1,8 +1,10 @@
 """openat2(2), which Python does not have: open a path that can't leave a directory, whatever anybody puts into it."""
 
-import ctypes
 import os
+from _ctypes import Structure, addressof, get_errno
 from errno import EAGAIN, EINTR
+
+from srpcd.libc import Int, Long, Pointer, String, Unsigned64, UnsignedLong, function
 
 O_PATH: int = os.O_PATH
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x01, 0x02, 0x04, 0x08
@@ -10,15 +12,13 @@ _SYS_OPENAT2 = 437  # the same on all architectures
 _TRIES = 64  # EAGAIN: something above was renamed during the look-up (openat2(2)); bounded, so that nobody can hold us
 
 
-class _How(ctypes.Structure):
-    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+class _How(Structure):
+    _fields_ = [("flags", Unsigned64), ("mode", Unsigned64), ("resolve", Unsigned64)]
 
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
-_syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
-_syscall.restype = ctypes.c_long
+_syscall = function("syscall", Long, Long, Int, String, Pointer, UnsignedLong)
 _how = _How(0, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV)
-_how_address = ctypes.addressof(_how)
+_how_address = addressof(_how)
 
 
 def open_beneath(directory: int, path: str, flags: int) -> int:
@@ -32,10 +32,10 @@ def open_beneath(directory: int, path: str, flags: int) -> int:
         raise ValueError("a path can't hold a NUL")
     _how.flags = flags | os.O_CLOEXEC | os.O_NOFOLLOW
     for _ in range(_TRIES):
-        fd: int = _syscall(_SYS_OPENAT2, directory, name, _how_address, 24)
+        fd = _syscall(_SYS_OPENAT2, directory, name, _how_address, 24)
         if fd >= 0:
             return fd
-        errno = ctypes.get_errno()
+        errno = get_errno()
         if errno not in (EAGAIN, EINTR):
             break
     raise OSError(errno, os.strerror(errno), path)

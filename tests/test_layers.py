@@ -40,7 +40,7 @@ class Row(NamedTuple):
 LIGHT_WIRE = ("srpcd.wire.limits", "srpcd.wire.errors", "srpcd.wire.frames")
 """The part of wire that loads nothing but struct and errno."""
 
-LIGHT = ("_signal", "_socket", "array", "ctypes", "errno", "fcntl", "os", "select", "struct", "sys", "time")
+LIGHT = ("_ctypes", "_signal", "_socket", "array", "errno", "fcntl", "gc", "os", "select", "struct", "sys", "time")
 """What a worker may load at its start (measured: each of asyncio, json, typing … costs megabytes and milliseconds)."""
 
 PURE = (
@@ -58,7 +58,9 @@ ROWS = (
     Row("wire, messages", ("srpcd/wire/messages.py",), ("srpcd.wire", "srpcd.wire.*"), ("msgspec",), never=PURE),
     Row("wire, light", ("srpcd/wire/*",), LIGHT_WIRE, only=("errno", "struct", "typing", "collections")),
     Row("session", ("srpcd/session/*",), ("srpcd.wire", "srpcd.wire.*", "srpcd.session", "srpcd.session.*"), never=PURE),
-    Row("ipc", ("srpcd/ipc.py", "srpcd/confine.py", "srpcd/openat2.py"), (*LIGHT_WIRE, "srpcd.ipc"), only=LIGHT),
+    Row("C library", ("srpcd/libc.py",), (), only=LIGHT),
+    Row("ipc", ("srpcd/ipc.py",), LIGHT_WIRE, only=LIGHT),
+    Row("confine", ("srpcd/confine.py", "srpcd/openat2.py"), ("srpcd.libc",), only=LIGHT),
     Row("SELinux", ("srpcd/selinux.py",), ("srpcd.confine",), only=(*LIGHT, "collections", "contextlib")),
     Row("config", ("srpcd/config.py",), ("srpcd.wire", "srpcd.wire.*"), ("msgspec",)),
     Row("log", ("srpcd/log.py",), (), never=ROOTS),
@@ -107,7 +109,7 @@ ROWS = (
     Row(
         "worker",
         ("srpcd/worker/*",),
-        ("srpcd.ipc", "srpcd.confine", "srpcd.openat2", "srpcd.worker", "srpcd.worker.*", *LIGHT_WIRE),
+        ("srpcd.ipc", "srpcd.confine", "srpcd.libc", "srpcd.openat2", "srpcd.worker", "srpcd.worker.*", *LIGHT_WIRE),
         only=(*LIGHT, "grp", "pwd"),
     ),
     Row(
@@ -348,7 +350,8 @@ def test_a_worker_loads_almost_nothing() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(modules)}; print(*sys.modules)"
     python = getattr(sys, "_base_executable", sys.executable)
     loaded = subprocess.run([python, "-I", "-S", "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"asyncio", "json", "logging", "dataclasses", "typing", "msgspec", "re", "enum", "socket", "selectors", "signal"}
+    heavy = {"asyncio", "ctypes", "json", "logging", "dataclasses", "typing", "msgspec", "re", "enum", "socket"}
+    heavy |= {"selectors", "signal", "types"}
     assert heavy & set(loaded) == set()
 
 

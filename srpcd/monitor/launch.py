@@ -16,10 +16,15 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from errno import ENOSYS
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from srpcd import confine, ipc, selinux
 from srpcd.monitor import cgroups, pamsession
+
+if TYPE_CHECKING:
+    import signal as _signal
+else:
+    import _signal  # what is behind `signal`, without its enums: each page that is touched after a fork is copied
 
 CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE = 5, 6, 7, 8, 29
 KEPT = (CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE)
@@ -36,6 +41,7 @@ _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311, "pp
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _CAPABILITY_VERSION_3 = 0x20080522
 
+_SIGNALS = _signal.valid_signals()
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -157,7 +163,7 @@ def become(drop: Drop, parent: int) -> None:
 def fork(work: Callable[[], None]) -> tuple[int, int]:
     """Fork. The child runs `work` and never comes back. Returns (pid, pidfd). Raises OSError."""
     # A signal between fork and reset would be written into the parent's wake-up socket, which the child shares.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
     try:
         pid = os.fork()
         if pid == 0:
@@ -169,15 +175,15 @@ def fork(work: Callable[[], None]) -> tuple[int, int]:
             os.waitpid(pid, 0)
             raise
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, blocked)
 
 
 def _child(work: Callable[[], None]) -> NoReturn:
     try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _signal.set_wakeup_fd(-1)
+        for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGCHLD):
+            _signal.signal(number, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         work()
         os._exit(0)
     except BaseException:

@@ -4,6 +4,7 @@
 It finds a socket from the monitor at descriptor 3, its end of the packet pipe to the monitor at 4 (`srpcd.ipc`).
 """
 
+import gc
 import sys
 
 _SOCKET, _PIPE = 3, 4
@@ -11,6 +12,7 @@ _SOCKET, _PIPE = 3, 4
 
 def main() -> None:
     """Close off, learn who to be, prove it, say so, serve."""
+    gc.disable()  # nothing of what is loaded now will ever be garbage
     sys.path.insert(0, __file__.rpartition("/srpcd/")[0])  # -I -S: nothing of the project is on it
     from srpcd import confine  # noqa: PLC0415
 
@@ -22,6 +24,8 @@ def main() -> None:
     from srpcd import ipc  # noqa: PLC0415
     from srpcd.worker.serve import Worker  # noqa: PLC0415
 
+    gc.freeze()
+    gc.enable()
     for fd in (_SOCKET, _PIPE):
         os.set_inheritable(fd, False)  # not for programs
     sock = socket(fileno=_SOCKET)

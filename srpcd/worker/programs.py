@@ -16,7 +16,7 @@ from srpcd.worker.calls import Call
 from srpcd.worker.lines import Line
 from srpcd.worker.loop import HANDLERS, INFINITY, Loop, Writer
 from srpcd.worker.resolve import Tree, fail
-from srpcd.worker.spawn import Process, exec_sentence, status_sentence
+from srpcd.worker.spawn import Process, status_sentence
 from srpcd.worker.trust import open_trusted
 
 STDERR_KEPT = 4000
@@ -63,15 +63,15 @@ class Started:
             self._process.stderr = -1
 
     def _ended(self, mask: int) -> None:
-        errno, status = self._process.reap()
+        status = self._process.reap()
         if self._process.stderr >= 0:
             self._read_errors()
         self._close_errors()
         self._loop.close(self._process.pidfd)
         del self._programs.running[self]
-        self._over(errno, status)
+        self._over(status)
 
-    def _over(self, errno: int, status: int) -> None:
+    def _over(self, status: int) -> None:
         raise NotImplementedError
 
     def _sentence(self, status: int) -> str:
@@ -82,14 +82,17 @@ class Started:
 class Run(Started):
     """One call of a plain program."""
 
-    def __init__(self, programs: "Programs", process: Process, call: Call, payload: bytes) -> None:
+    def __init__(self, programs: "Programs", process: Process, call: Call) -> None:
         super().__init__(programs, process)
         self._call: Call | None = call
         self._output: list[bytes] = [_NO_METADATA]
         self._size = 0
-        self._stdin = Writer(self._loop, process.stdin, lambda: None)  # a program need not read what it is sent
-        self._stdin.add(payload)
-        self._stdin.end()
+        self._stdin: Writer | None = None
+        if process.stdin >= 0:
+            self._stdin = Writer(self._loop, process.stdin, lambda: None)  # a program need not read what it is sent
+            self._stdin.add(process.rest)
+            self._stdin.end()
+            process.rest = b""
         self._loop.watch(process.stdout, EPOLLIN, self._stdout, HANDLERS)
         call.body = b""
         call.custodian = self
@@ -126,8 +129,9 @@ class Run(Started):
             self._loop.close(self._process.stdout)
             self._process.stdout = -1
 
-    def _over(self, errno: int, status: int) -> None:
-        self._stdin.close()
+    def _over(self, status: int) -> None:
+        if self._stdin is not None:
+            self._stdin.close()
         if self._process.stdout >= 0:
             while self._read_output():  # what is in the pipe; others may still hold its other end, and are not waited for
                 pass
@@ -135,9 +139,7 @@ class Run(Started):
         call = self._call
         if call is None:
             return
-        if errno:
-            call.fail(*exec_sentence(errno))
-        elif status == 0:
+        if status == 0:
             call.finish(b"".join(self._output))
         elif status > 0:
             call.fail(EIO, self._sentence(status))
@@ -166,12 +168,10 @@ class Resident(Started):
         self._programs.forget(self)
         self.kill()  # and its calls are told once it is known how it ended
 
-    def _over(self, errno: int, status: int) -> None:
+    def _over(self, status: int) -> None:
         self._programs.forget(self)
         self.line.end()
-        if errno:
-            self.line.fail(*exec_sentence(errno))
-        elif self.line.fault:
+        if self.line.fault:
             self.line.fail(ECONNRESET, f"the program broke the protocol: {self.line.fault}")
         elif self.line.answered:
             self.line.fail(ECONNRESET, f"{sentence(ECONNRESET)} ({status_sentence(status)})")
@@ -226,8 +226,8 @@ class Programs:
 
     def _run(self, call: Call, program: int, peer: str) -> None:
         (metadata,) = METADATA_LENGTH.unpack_from(call.body)  # not for plain programs
-        process = self._start(call, program, {"SRPC_PEER": peer})
-        Run(self, process, call, call.body[METADATA_LENGTH.size + metadata :])
+        payload = call.body[METADATA_LENGTH.size + metadata :]
+        Run(self, self._start(call, program, {"SRPC_PEER": peer}, payload), call)
 
     def _resident(self, call: Call, program: int, found: os.stat_result) -> Resident:
         key, content = (call.path, call.dev, call.ino), (found.st_mtime_ns, found.st_size)
@@ -239,12 +239,12 @@ class Programs:
         if resident is None:
             setup = self._setup
             caller = caller_frame(setup.uid, setup.gid, setup.groups, setup.user, setup.context, "/" + call.path)
-            resident = Resident(self, self._start(call, program, {}), content, caller)
+            resident = Resident(self, self._start(call, program, {}, None), content, caller)
             self._residents[key] = resident
             self.loop.wake(self.loop.now + self._idle)
         return resident
 
-    def _start(self, call: Call, program: int, more: "dict[str, str]") -> Process:
+    def _start(self, call: Call, program: int, more: "dict[str, str]", data: "bytes | None") -> Process:
         if len(self.running) >= self._setup.children:
             self._make_room()
             raise RequestError(EAGAIN, f"{self._setup.children} programs run for this user already: try again later")
@@ -256,7 +256,7 @@ class Programs:
             "HOME": "/",
             **more,
         }
-        return Process(program, [call.path.rpartition("/")[2]], environment)
+        return Process(program, [call.path.rpartition("/")[2]], environment, data)
 
     def _make_room(self) -> None:
         # Residents that nobody uses must not keep others out until their idle time is over.

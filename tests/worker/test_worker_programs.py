@@ -94,9 +94,10 @@ def test_a_program_has_nothing_of_the_workers(gate: "Gate", program: Program) ->
         "print(os.getcwd(), os.getpgid(0) == os.getpid(), os.getresuid()[0])\n",
     )
     fds, signals, rest = gate.call("look").decode().splitlines()
-    # Three pipes; and the script itself: the O_PATH descriptor that was checked, and what the interpreter opened.
+    # Four pipes, one of them its lifeline, through which nothing comes; and the script itself: the O_PATH descriptor that
+    # was checked, and what the interpreter opened.
     assert set(eval(fds)) <= {"pipe", "look"}
-    assert eval(fds).count("pipe") == 3
+    assert eval(fds).count("pipe") == 4
     # python ignores SIGPIPE (13) and SIGXFSZ (25) by itself, and nothing else is ignored
     assert [int(each, 16) & ~(1 << 12 | 1 << 24 | OF_LIBC) for each in eval(signals)] == [0, 0]
     assert rest == f"/ True {os.getuid() or 65101}"
@@ -209,6 +210,24 @@ def test_programs_end_with_the_worker(bench: "Bench", gate: "Gate", program: Pro
         bench.monitor.close()
     bench.process.wait(2)
     assert not sleepers(os.getuid() or 65101)
+
+
+def test_what_a_program_forked_ends_with_the_worker_though_no_monitor_is_there(
+    bench: "Bench", gate: "Gate", program: Program
+) -> None:
+    program("slow", "#!/bin/sh\ntrap '' HUP INT TERM PIPE IO\nsleep 63 &\nsleep 63\n")
+    gate.start("slow")
+    time.sleep(0.2)
+    assert len(sleepers(os.getuid() or 65101)) == 2
+    bench.process.kill()
+    bench.process.wait(2)
+    assert not sleepers(os.getuid() or 65101)
+
+
+def test_a_program_that_reads_late_finds_all_of_a_large_payload(gate: "Gate", program: Program) -> None:
+    payload = os.urandom(300_000)  # more than a pipe holds
+    program("late", "#!/bin/sh\nsleep 0.2\nexec cat\n")
+    assert gate.call("late", payload) == payload
 
 
 def test_no_more_programs_run_than_are_allowed(start: "Callable[..., Bench]", program: Program) -> None:
