@@ -4,6 +4,7 @@ The order of the steps in `become` is the substance of this file. A step that fa
 nothing is logged and passed. The other half, the proof, is `srpcd.confine` in the new program.
 """
 
+import _signal  # type: ignore[import-not-found]  # without the enums of `signal`: each page touched after a fork is copied
 import ctypes
 import fcntl
 import os
@@ -16,15 +17,10 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from errno import ENOSYS
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from srpcd import confine, ipc, selinux
 from srpcd.monitor import cgroups, pamsession
-
-if TYPE_CHECKING:
-    import signal as _signal
-else:
-    import _signal  # what is behind `signal`, without its enums: each page that is touched after a fork is copied
 
 CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE = 5, 6, 7, 8, 29
 KEPT = (CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE)

@@ -169,11 +169,16 @@ def sleeps(pid: str, uid: int) -> bool:
     return facts[0].split()[1] == "sleep" and f"Uid:\t{uid}\t" in "\n".join(facts)
 
 
+def asleep(uid: int) -> list[str]:
+    """Sleeps of a user that run now."""
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and sleeps(pid, uid) and alive(int(pid))]
+
+
 def sleepers(uid: int) -> list[str]:
     """Sleeps of a user that still run after a moment."""
     found: list[str] = []
     for _ in range(100):
-        found = [pid for pid in os.listdir("/proc") if pid.isdigit() and sleeps(pid, uid) and alive(int(pid))]
+        found = asleep(uid)
         if not found:
             break
         time.sleep(0.01)
@@ -217,8 +222,10 @@ def test_what_a_program_forked_ends_with_the_worker_though_no_monitor_is_there(
 ) -> None:
     program("slow", "#!/bin/sh\ntrap '' HUP INT TERM PIPE IO\nsleep 63 &\nsleep 63\n")
     gate.start("slow")
-    time.sleep(0.2)
-    assert len(sleepers(os.getuid() or 65101)) == 2
+    end = time.monotonic() + 5
+    while len(asleep(os.getuid() or 65101)) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(asleep(os.getuid() or 65101)) == 2
     bench.process.kill()
     bench.process.wait(2)
     assert not sleepers(os.getuid() or 65101)
