@@ -244,6 +244,7 @@ class Services:
             if not line.send(call):
                 call.fail(EAGAIN, _FULL)
             return
+        endpoint = self.endpoint(endpoint.dev, endpoint.ino)  # without lines it may have been forgotten
         if len(endpoint.waiting) >= LINE_OUTSTANDING_MAX:
             call.fail(EAGAIN, _FULL)
             return

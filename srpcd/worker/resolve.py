@@ -10,7 +10,7 @@ from errno import EACCES, EINVAL, ELOOP, ENOENT, ENXIO, ESTALE, EXDEV
 from time import monotonic
 
 from srpcd.ipc import DIRECTORY, PROGRAM, RESIDENT, SERVICE
-from srpcd.openat2 import open_beneath
+from srpcd.openat2 import open_beneath, open_pipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,6 +124,23 @@ class Tree:
         except OSError as fault:
             if fault.errno != ENXIO:
                 raise
+
+    def may_write(self, name: bytes, dev: int, ino: int) -> bool:
+        """Whether the named pipe of a fid is at its path, and this user may write on it.
+
+        One look-up of the whole path answers both: what was opened for writing is looked at, so it is decided about that
+        very inode here too. name: a path that `open_fid` has found this pipe at. False: not so, or nobody reads the pipe;
+        `check_service` tells. It is for what can be assumed to be a pipe: to open anything else can have effects.
+        """
+        try:
+            fd = open_pipe(self.root(), name)
+        except OSError:
+            return False
+        if fd < 0:
+            return False
+        found = os.fstat(fd)
+        os.close(fd)
+        return found.st_ino == ino and found.st_dev == dev and found.st_mode & _S_IFMT == _S_IFIFO
 
     def check_execute(self, fd: int) -> None:
         """May this user execute the file that `fd` (O_PATH) holds? Raises OSError (EACCES)."""

@@ -66,10 +66,11 @@ _KEY_BEGIN, _KEY_END = 8, CALL_HEAD.size
 class Known:
     """What was checked of an endpoint. batch: of reads in which it was; one check stands for all calls of one read."""
 
-    __slots__ = ("batch", "endpoint", "line", "path")
+    __slots__ = ("batch", "endpoint", "line", "name", "path")
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self.path = _text(name)
         self.batch = 0
         self.endpoint: Endpoint | None = None
         self.line: HandlerLine | None = None
@@ -198,9 +199,7 @@ class GateLink(Link):
         if conn not in self._peers or tag in self.calls:
             raise ProtocolError(EPROTO, "a CALL of no connection, or with a tag that is in use", tag)
         key = body[_KEY_BEGIN:begin]
-        known = worker.known.get(key)
-        if known is None:
-            known = worker.know(key, _text(body[_KEY_END:begin]))
+        known = worker.known.get(key) or worker.know(key, body[_KEY_END:begin])
         now = self._loop.now
         call = self.calls[tag] = Call(self, tag, conn, known.path, dev, ino, body[begin:], now)
         self._loop.wake(now + worker.calls.timeout)
@@ -286,15 +285,19 @@ class Worker:
             self._unsent.append(message)
             self.loop.modify(self._pipe, EPOLLOUT)
 
-    def know(self, key: bytes, path: str) -> Known:
-        """Remember an endpoint by its key."""
+    def know(self, key: bytes, name: bytes) -> Known:
+        """Remember an endpoint by its key. name: its path."""
         if len(self.known) >= _KNOWN_MAX:
             self.known.clear()
-        known = self.known[key] = Known(path)
+        known = self.known[key] = Known(name)
         return known
 
     def check(self, known: Known, call: Call, peer: str) -> None:
         """Have the kernel decide about a call, and hand it over."""
+        if known.endpoint is not None and self.tree.may_write(known.name, call.dev, call.ino):
+            known.batch = self.batch
+            self.services.deliver(known.endpoint, call)
+            return
         known.endpoint = known.line = None
         try:
             fd, _found, kind = self.tree.open_fid(call.path, call.dev, call.ino)
