@@ -129,8 +129,8 @@ class Tree:
         """Whether the named pipe of a fid is at its path, and this user may write on it.
 
         One look-up of the whole path answers both: what was opened for writing is looked at, so it is decided about that
-        very inode here too. name: a path that `open_fid` has found this pipe at. False: not so, or nobody reads the pipe;
-        `check_service` tells. It is for what can be assumed to be a pipe: to open anything else can have effects.
+        very inode here too. False: not so, or nobody reads the pipe; `open_fid` and `check_write` tell what it is.
+        name: a path where they have found this pipe before. To open anything else for writing could have effects.
         """
         try:
             fd = open_pipe(self.root(), name)

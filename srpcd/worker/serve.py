@@ -194,15 +194,17 @@ class GateLink(Link):
         conn, dev, ino, length = CALL_HEAD.unpack_from(body)
         begin = _KEY_END + length
         size = len(body) - begin - METADATA_LENGTH.size
-        if length > PATH_MAX or size < 0 or METADATA_LENGTH.unpack_from(body, begin)[0] > min(size, METADATA_MAX):
+        if length > PATH_MAX or size < 0 or not size >= METADATA_LENGTH.unpack_from(body, begin)[0] <= METADATA_MAX:
             raise ProtocolError(EPROTO, "a CALL whose lengths do not fit", tag)
-        if conn not in self._peers or tag in self.calls:
+        calls = self.calls
+        if conn not in self._peers or tag in calls:
             raise ProtocolError(EPROTO, "a CALL of no connection, or with a tag that is in use", tag)
         key = body[_KEY_BEGIN:begin]
         known = worker.known.get(key) or worker.know(key, body[_KEY_END:begin])
-        now = self._loop.now
-        call = self.calls[tag] = Call(self, tag, conn, known.path, dev, ino, body[begin:], now)
-        self._loop.wake(now + worker.calls.timeout)
+        call = Call(self, tag, conn, known.path, dev, ino, body[begin:], self._loop.now)
+        if not calls:
+            worker.calls.expect(call)
+        calls[tag] = call
         if size > LARGE and self._loop.backlog() + worker.services.held() > HANDLER_INPUT_MAX:
             call.fail(EAGAIN, "too much waits for handlers that do not read: try again later")
             return
@@ -265,11 +267,13 @@ class Worker:
 
     def run(self) -> "NoReturn":
         """Serve until the monitor is gone."""
+        loop, waiters = self.loop, self.services.waiters
         while True:
-            for link in [each for each in self.finishing if not each.calls and not each.writer.size]:
-                link.end()
-            self.loop.turn()
-            if self.loop.armed or self._paused or self.services.waiters:
+            if self.finishing:
+                for link in [each for each in self.finishing if not each.calls and not each.writer.size]:
+                    link.end()
+            loop.turn()
+            if loop.armed or self._paused or waiters:
                 self._balance()
 
     def tell(self, message: Message) -> None:
