@@ -16,9 +16,9 @@ EVENTS = 128
 
 
 class Loop:
-    """The loop of one gate. time: its clock, monotonic seconds."""
+    """The loop of one gate. time: its clock, monotonic seconds. now: what it said when this pass began."""
 
-    __slots__ = ("_epoll", "_number", "_readers", "_running", "_timers", "_writers")
+    __slots__ = ("_epoll", "_number", "_readers", "_running", "_timers", "_writers", "now")
 
     time = staticmethod(monotonic)
 
@@ -29,6 +29,7 @@ class Loop:
         self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._number = 0  # of the last timer: those that are due at the same time keep their order
         self._running = False
+        self.now = monotonic()
 
     # --- descriptors ---------------------------------------------------------------------------------------------------
 
@@ -90,15 +91,17 @@ class Loop:
         poll, readers, writers, timers = self._epoll.poll, self._readers, self._writers, self._timers
         while self._running:
             timeout = max(0.0, timers[0][0] - monotonic()) if timers else None
-            for fd, events in poll(timeout, EVENTS):
+            ready = poll(timeout, EVENTS)
+            now = self.now = monotonic()
+            for fd, events in ready:
                 # Both may have been removed by what came before in this pass. A descriptor of the same number that was
                 # added in it is called for nothing, which no callback minds.
                 if events & ~EPOLLOUT and fd in readers:
                     readers[fd]()
                 if events & ~EPOLLIN and fd in writers:
                     writers[fd]()
-            if timers:
-                now, last = monotonic(), self._number
+            if timers and timers[0][0] <= now:
+                last = self._number
                 while timers and timers[0][0] <= now and timers[0][1] <= last:  # what they add themselves waits for a pass
                     _when, _number, callback, args = heappop(timers)
                     callback(*args)
