@@ -6,8 +6,10 @@ for the old one are still to be handled.
 """
 
 import os
-from select import EPOLLERR, EPOLLHUP, EPOLLOUT, epoll
+from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, epoll
 from time import monotonic
+
+from srpcd.alarm import Alarm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -149,8 +151,11 @@ class Loop:
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._watched: dict[int, tuple[int, int]] = {}
         self._closing: list[int] = []
+        self._alarm = Alarm()
+        self._alarm_set = INFINITY  # when it goes off
         self._next = INFINITY
         self._paused: frozenset[int] = frozenset()
+        self.watch(self._alarm.fd, EPOLLIN, self._went_off)
 
     def watch(self, fd: int, mask: int, callback: "Callable[[int], None]", group: int = ALWAYS) -> None:
         """Call `callback` with the event mask whenever something is up. Errors and hang-ups are always reported."""
@@ -195,8 +200,9 @@ class Loop:
         timeout = None
         if self._closing:  # by somebody between two passes
             timeout = 0.0
-        elif self._next < INFINITY:
-            timeout = max(0.0, self._next - monotonic())
+        elif self._next < self._alarm_set:
+            self._alarm.set(self._next)
+            self._alarm_set = self._next
         events = self._epoll.poll(timeout, _EVENTS)
         now = self.now = monotonic()
         callbacks, dirty = self._callbacks, self.dirty
@@ -213,6 +219,10 @@ class Loop:
             for fd in self._closing:
                 os.close(fd)
             self._closing.clear()
+
+    def _went_off(self, _mask: int) -> None:
+        self._alarm.clear()
+        self._alarm_set = INFINITY
 
     def _impatience(self) -> float:
         for writer in [each for each in self.armed if self.now >= each.since + each.patience]:

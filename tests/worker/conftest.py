@@ -313,7 +313,7 @@ def code() -> Iterator[Path]:
     """The worker's code where other users can read it, compiled."""
     base = Path(tempfile.mkdtemp(prefix="srpc-worker-code-"))
     base.chmod(0o755)
-    for source in ("__init__.py", "ipc.py", "confine.py", "libc.py", "openat2.py", "wire", "worker"):
+    for source in ("__init__.py", "ipc.py", "confine.py", "libc.py", "openat2.py", "alarm.py", "wire", "worker"):
         target = base / "srpcd" / source
         if (CODE / source).is_dir():
             shutil.copytree(CODE / source, target, ignore=shutil.ignore_patterns("__pycache__"))
