@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,6 +228,14 @@ class Bench:
         """As the monitor; the descriptors are closed here."""
         ipc.send_descriptors(self.monitor, message, fds)
         ipc.close_all(fds)
+
+    def wait_for_reading(self, timeout: float = 5.0) -> None:
+        """Wait until the worker has taken all that was sent. Raises TimeoutError."""
+        end = time.monotonic() + timeout
+        while fcntl.ioctl(self.monitor, termios.TIOCOUTQ, bytes(4)) != bytes(4):
+            if time.monotonic() > end:
+                raise TimeoutError("the worker reads nothing")
+            time.sleep(0.001)
 
     def told(self, timeout: float = 5.0) -> ipc.Message:
         """What the worker tells the monitor next."""
