@@ -10,7 +10,7 @@ from errno import EACCES, EINVAL, ELOOP, ENOENT, ENXIO, ESTALE, EXDEV
 from time import monotonic
 
 from srpcd.ipc import DIRECTORY, PROGRAM, RESIDENT, SERVICE
-from srpcd.openat2 import open_beneath, open_pipe
+from srpcd.openat2 import may_execute, open_beneath, open_pipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Tree:
 
     def check_execute(self, fd: int) -> None:
         """May this user execute the file that `fd` (O_PATH) holds? Raises OSError (EACCES)."""
-        if not os.access(str(fd), os.X_OK, dir_fd=self._descriptors):
+        if not may_execute(fd) and not os.access(str(fd), os.X_OK, dir_fd=self._descriptors):
             fail(EACCES)
 
     def reopen(self, fd: int, flags: int) -> int:
