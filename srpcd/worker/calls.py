@@ -98,10 +98,6 @@ class Calls:
         self.links: list[Link] = []
         loop.duties.append(self._deadlines)
 
-    def expect(self, call: Call) -> None:
-        """See to a call's deadline. Only the oldest of a link's calls needs that: they all have the same time."""
-        self._loop.wake(call.arrived + self.timeout)
-
     def flush(self, link: Link, tag: int, target: int) -> None:
         """A gate's FLUSH: the call's own error first, then the reply to the flush."""
         call = link.calls.get(target)

@@ -132,10 +132,12 @@ class Tree:
         very inode here too. False: not so, or nobody reads the pipe; `open_fid` and `check_write` tell what it is.
         name: a path where they have found this pipe before. To open anything else for writing could have effects.
         """
-        try:
-            fd = open_pipe(self.root(), name)
-        except OSError:
-            return False
+        if monotonic() - self._looked >= ROOT_SECONDS:
+            try:
+                self.root()
+            except OSError:
+                return False
+        fd = open_pipe(self._root, name)
         if fd < 0:
             return False
         found = os.fstat(fd)

@@ -201,10 +201,10 @@ class GateLink(Link):
             raise ProtocolError(EPROTO, "a CALL of no connection, or with a tag that is in use", tag)
         key = body[_KEY_BEGIN:begin]
         known = worker.known.get(key) or worker.know(key, body[_KEY_END:begin])
-        call = Call(self, tag, conn, known.path, dev, ino, body[begin:], self._loop.now)
-        if not calls:
-            worker.calls.expect(call)
-        calls[tag] = call
+        now = self._loop.now
+        if not calls:  # a deadline later than another's needs no seeing to: of a link's calls, only the oldest's
+            self._loop.wake(now + worker.calls.timeout)
+        call = calls[tag] = Call(self, tag, conn, known.path, dev, ino, body[begin:], now)
         if size > LARGE and self._loop.backlog() + worker.services.held() > HANDLER_INPUT_MAX:
             call.fail(EAGAIN, "too much waits for handlers that do not read: try again later")
             return
