@@ -141,9 +141,10 @@ class FrameReader:
         Raises ProtocolError (EPROTO: unknown type; EMSGSIZE: too long) at the place in the stream where it is; nothing
         may be fed after that.
         """
-        if not self._missing and len(data) >= 20:
+        rest = len(data) - 20
+        if rest >= 0 and not self._missing:
             kind, seq, length = _header_at(data)
-            if len(data) == 20 + length <= 20 + self.limits.get(kind, -1):  # one frame and no more: a lone call
+            if rest == length <= self.limits.get(kind, -1):  # one frame and no more: a lone call
                 return iter(((kind, seq, data[20:]),))
         return self._frames(data)
 
