@@ -21,7 +21,9 @@ from typing import Any, Generic, TypeVar
 from srpc_client.errors import CallError, ConnectionLost, SrpcError
 from srpcd.wire import frames, messages
 from srpcd.wire.errors import ProtocolError
+from srpcd.wire.frames import CALL, CALL_REPLY, LISTEN_REPLY
 from srpcd.wire.limits import METADATA_MAX, OUTSTANDING_MAX, PAYLOAD_MAX
+from srpcd.wire.messages import split_call_reply
 
 W = TypeVar("W")
 
@@ -54,7 +56,6 @@ def _decoder(kind: type[messages.Message]) -> Callable[[bytes, int], object]:
 
 _DECODE: dict[int, Callable[[bytes, int], object]] = {
     **{kind: _decoder(message) for kind, message in _REPLY_TYPES.items()},
-    frames.CALL_REPLY: messages.split_call_reply,
     frames.FLUSH_REPLY: lambda _body, _seq: None,
 }
 
@@ -106,9 +107,9 @@ class ClientCore(Generic[W]):
                 f"a call carries at most {PAYLOAD_MAX} bytes, and {METADATA_MAX} bytes of metadata: send less at once",
             )
         seq = self._seq = self._seq + 1
-        self._outstanding[seq] = (frames.CALL_REPLY, waiter)
+        self._outstanding[seq] = (CALL_REPLY, waiter)
         length = 12 + len(metadata) + len(payload)
-        head = _CALL.pack(frames.CALL, seq, length, fid, len(metadata))
+        head = _CALL.pack(CALL, seq, length, fid, len(metadata))
         self._out.append(b"%b%b%b" % (head, metadata, payload))
         self.waiting += 20 + length
         return seq
@@ -196,8 +197,8 @@ class ClientCore(Generic[W]):
                     continue
                 wanted, waiter = entry
                 if kind == wanted:
-                    reply = _DECODE[kind](body, seq)
-                    if kind != frames.LISTEN_REPLY:
+                    reply = split_call_reply(body, seq) if kind == CALL_REPLY else _DECODE[kind](body, seq)
+                    if kind != LISTEN_REPLY:
                         del outstanding[seq]
                     if waiter is not None:
                         done.append((waiter, reply, None))

@@ -14,6 +14,7 @@ from srpc_client.errors import SrpcError
 from srpcd.wire import errors as wire_errors
 from srpcd.wire import frames
 from srpcd.wire.errors import ProtocolError
+from srpcd.wire.frames import CALL, CALL_HEAD, CALL_REPLY
 from srpcd.wire.limits import ERROR_MESSAGE_MAX, LINE_OUTSTANDING_MAX, METADATA_MAX, PAYLOAD_MAX
 
 TYPE_CHECKING = False
@@ -111,7 +112,7 @@ class Request:
             self.fail(EMSGSIZE, "the handler's reply is larger than a message may be")
             return
         length = len(metadata) + len(payload)
-        head = _REPLY.pack(frames.CALL_REPLY, self.seq, 4 + length, len(metadata))
+        head = _REPLY.pack(CALL_REPLY, self.seq, 4 + length, len(metadata))
         self._core.answer(self, b"".join((head, metadata, payload)))
 
     def fail(self, errno: int, message: str = "") -> None:
@@ -165,12 +166,13 @@ class HandlerCore:
         new: "list[Request]" = []
         outstanding = self._outstanding
         for kind, seq, body in self._reader.feed(data):
-            if kind == frames.CALL:
+            if kind == CALL:
                 if self.caller is None or seq in outstanding:
                     raise ProtocolError(EPROTO, "a call before its caller was named, or with a seq that is in use", seq)
                 if len(outstanding) >= LINE_OUTSTANDING_MAX:
                     raise ProtocolError(EPROTO, "more calls outstanding than a line may have", seq)
-                request = outstanding[seq] = Request(self, seq, *_split(body, seq))
+                payload, metadata = _split(body, seq)
+                request = outstanding[seq] = Request(self, seq, payload, metadata)
                 new.append(request)
             elif kind == frames.FLUSH:
                 if len(body) != frames.SEQ.size:
@@ -201,7 +203,7 @@ class HandlerCore:
         """What is to be written now, all of it."""
         if not self._out:
             return b""
-        data = b"".join(self._out)
+        data = b"".join(self._out)  # of one, that one itself
         self._out.clear()
         self.waiting = 0
         return data
@@ -223,7 +225,7 @@ def _split(body: bytes, seq: int) -> "tuple[bytes, bytes]":
     """(payload, metadata) of a call's body; as `messages.split_call`, without msgspec."""
     if len(body) < 12:
         raise ProtocolError(EPROTO, "a call shorter than its head", seq)
-    _fid, metadata = frames.CALL_HEAD.unpack_from(body)
+    _fid, metadata = CALL_HEAD.unpack_from(body)
     if not metadata:
         return body[12:], b""
     if metadata > min(METADATA_MAX, len(body) - 12):

@@ -214,7 +214,7 @@ class Line:
                 if written < len(data):
                     data = memoryview(data)[written:]
                     break
-                data = self._core.take()
+                data = self._core.take() if waited else b""
         except BlockingIOError:
             pass
         except OSError:  # EPIPE: the caller's worker is gone

@@ -9,6 +9,7 @@ import struct
 from typing import Protocol
 
 from OpenSSL import SSL
+from OpenSSL._util import ffi, lib
 
 from srpc_client.errors import ConnectionLost, UntrustedServer
 from srpcd.wire.limits import READ_SIZE
@@ -71,13 +72,19 @@ class LocalLink:
 
 
 class TlsLink:
-    """TLS, after its handshake."""
+    """TLS, after its handshake.
 
-    __slots__ = ("_socket", "_tls", "fd")
+    SSL_read(3) and SSL_write(3) are called directly: what pyOpenSSL does around them (memory for each read, a look for
+    errors also where there was none) takes longer than they do. What went wrong is still its to say.
+    """
+
+    __slots__ = ("_buffer", "_socket", "_ssl", "_tls", "fd")
 
     def __init__(self, connected: socket.socket, tls: SSL.Connection) -> None:
         self._socket = connected
         self._tls = tls
+        self._ssl = tls._ssl
+        self._buffer = ffi.new("char[]", _RECORD)
         self.fd = connected.fileno()
 
     def send(self, data: bytes | memoryview) -> int:
@@ -85,19 +92,29 @@ class TlsLink:
         sent = 0
         try:
             if len(data) <= _RECORD:
-                return self._tls.send(data)
+                return self._put(data)
             view = memoryview(data)
             while sent < len(data):
-                sent += self._tls.send(view[sent : sent + _RECORD])
+                sent += self._put(view[sent : sent + _RECORD])
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except SSL.Error as fault:
             raise self._lost(fault) from None
         return sent
 
+    def _put(self, data: bytes | memoryview) -> int:
+        size: int = lib.SSL_write(self._ssl, data if isinstance(data, bytes) else ffi.from_buffer(data), len(data))
+        if size <= 0:
+            self._tls._raise_ssl_error(self._ssl, size)
+        return size
+
     def receive(self) -> bytes | None:
         try:
-            return self._tls.recv(_RECORD)
+            size = lib.SSL_read(self._ssl, self._buffer, _RECORD)
+            if size <= 0:
+                self._tls._raise_ssl_error(self._ssl, size)
+            data: bytes = ffi.buffer(self._buffer, size)[:]
+            return data
         except SSL.WantReadError:
             return None
         except SSL.ZeroReturnError:

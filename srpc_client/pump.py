@@ -87,7 +87,7 @@ class Pump:
                 if sent < len(data):
                     data = memoryview(data)[sent:]
                     break
-                data = self.core.take()
+                data = self.core.take() if waited else b""
         except ConnectionLost as fault:
             self.lose(fault)
             return

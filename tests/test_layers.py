@@ -60,7 +60,7 @@ ROWS = (
     Row("session", ("srpcd/session/*",), ("srpcd.wire", "srpcd.wire.*", "srpcd.session", "srpcd.session.*"), never=PURE),
     Row("C library", ("srpcd/libc.py",), (), only=LIGHT),
     Row("ipc", ("srpcd/ipc.py",), LIGHT_WIRE, only=LIGHT),
-    Row("confine", ("srpcd/confine.py", "srpcd/openat2.py"), ("srpcd.libc",), only=LIGHT),
+    Row("confine", ("srpcd/confine.py", "srpcd/openat2.py", "srpcd/alarm.py"), ("srpcd.libc",), only=LIGHT),
     Row("SELinux", ("srpcd/selinux.py",), ("srpcd.confine",), only=(*LIGHT, "collections", "contextlib")),
     Row("config", ("srpcd/config.py",), ("srpcd.wire", "srpcd.wire.*"), ("msgspec",)),
     Row("log", ("srpcd/log.py",), (), never=ROOTS),
@@ -109,7 +109,16 @@ ROWS = (
     Row(
         "worker",
         ("srpcd/worker/*",),
-        ("srpcd.ipc", "srpcd.confine", "srpcd.libc", "srpcd.openat2", "srpcd.worker", "srpcd.worker.*", *LIGHT_WIRE),
+        (
+            "srpcd.ipc",
+            "srpcd.confine",
+            "srpcd.libc",
+            "srpcd.openat2",
+            "srpcd.alarm",
+            "srpcd.worker",
+            "srpcd.worker.*",
+            *LIGHT_WIRE,
+        ),
         only=(*LIGHT, "grp", "pwd"),
     ),
     Row(
@@ -118,6 +127,7 @@ ROWS = (
         (
             "srpcd.ipc",
             "srpcd.confine",
+            "srpcd.alarm",
             "srpcd.config",
             "srpcd.wire",
             "srpcd.wire.*",
@@ -133,7 +143,7 @@ ROWS = (
     Row(
         "client",
         ("srpc_client/*",),
-        ("srpcd.wire", "srpcd.wire.*", "srpc_client", "srpc_client.*"),
+        ("srpcd.wire", "srpcd.wire.*", "srpcd.alarm", "srpc_client", "srpc_client.*"),
         ("OpenSSL", "cryptography", "msgspec", "click", "rich"),
     ),
 )

@@ -145,8 +145,7 @@ class Connection:
         return reply
 
     def _request(self, request: Send, deadline: float | None) -> Any:
-        core = self._pump.core
-        return self._pump.transact(lambda slot: core.request(request.kind, request.body, slot), request.fid, deadline)
+        return self._pump.transact(request.kind, request.body, request.fid, deadline)
 
     def _run(self, procedure: Procedure[T], timeout: float | None = None, prompt: PromptCallback | None = None) -> T:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -231,12 +230,8 @@ class Session:
         place = self._book.get(self._state, path)
         refusal: CallError | None = None
         if place is not None:
-            core, fid = connection._pump.core, place.fid
             try:
-                reply: tuple[bytes, bytes] = connection._pump.transact(
-                    lambda slot: core.call(fid, payload, metadata, slot), 0, deadline
-                )
-                return reply
+                return connection._pump.call(place.fid, payload, metadata, deadline)
             except CallError as fault:
                 if fault.errno not in procedures.RETRIED:
                     raise

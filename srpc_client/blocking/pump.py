@@ -54,27 +54,42 @@ class Pump:
         """Others may use it."""
         self._mine.release()
 
-    def transact(self, start: Callable[[Slot], int], fid: int, deadline: float | None) -> Any:
-        """Start a request and pump until its answer is there; give it up where that does not happen.
+    def call(self, fid: int, payload: bytes, metadata: bytes, deadline: float | None) -> tuple[bytes, bytes]:
+        """Call the endpoint behind a fid: as `transact`, for what is done most often. Returns (payload, metadata)."""
+        self.claim()
+        try:
+            slot = Slot()
+            self._see_through(slot, self.core.call(fid, payload, metadata, slot), 0, deadline)
+        finally:
+            self._mine.release()
+        if slot.error is not None:
+            raise slot.error
+        reply: tuple[bytes, bytes] = slot.reply
+        return reply
 
-        start: makes the request in the core for a slot, and returns its seq. fid: that it makes, or 0. deadline: by
-        time.monotonic. Returns the reply. Raises CallError, CallTimeout, ConnectionLost, RuntimeError (`claim`).
+    def transact(self, kind: int, body: bytes, fid: int, deadline: float | None) -> Any:
+        """Make a request and pump until its answer is there; give it up where that does not happen.
+
+        kind, body: as of `ClientCore.request`. fid: that it makes, or 0. deadline: by time.monotonic.
+        Returns the reply. Raises CallError, CallTimeout, ConnectionLost, RuntimeError (`claim`).
         """
         self.claim()
         try:
             slot = Slot()
-            seq = start(slot)
-            try:
-                self.until_done(slot, deadline)
-            except BaseException:  # the time is over, or a KeyboardInterrupt
-                if slot.done and slot.error is None and fid:
-                    self.core.clunk(fid)
-                self.core.cancel(seq, fid)
-                self.send()
-                raise
+            self._see_through(slot, self.core.request(kind, body, slot), fid, deadline)
         finally:
             self._mine.release()
         return slot.taken()
+
+    def _see_through(self, slot: Slot, seq: int, fid: int, deadline: float | None) -> None:
+        try:
+            self.until_done(slot, deadline)
+        except BaseException:  # the time is over, or a KeyboardInterrupt
+            if slot.done and slot.error is None and fid:
+                self.core.clunk(fid)
+            self.core.cancel(seq, fid)
+            self.send()
+            raise
 
     def until_done(self, slot: Slot, deadline: float | None) -> None:
         """Send and receive until the slot is filled. Raises CallTimeout."""
@@ -108,7 +123,7 @@ class Pump:
                 if sent < len(data):
                     data = memoryview(data)[sent:]
                     break
-                data = self.core.take()
+                data = self.core.take() if waited else b""
         except ConnectionLost as fault:
             self.lose(fault)
             return

@@ -23,6 +23,7 @@ from srpc_client.endpoint import EndpointPipe, open_line
 from srpc_client.errors import CallError, SrpcError
 from srpc_client.handling import HIGH_WATER, HandlerCore, Request, begin
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
+from srpcd.alarm import Alarm
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.limits import READ_SIZE
 from srpcd.wire.messages import ListenReply
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 PATIENCE = 0.001
 """Seconds for which the replies of a batch are gathered before they are written."""
+
+TICK = 0.5
+"""Seconds after which the loop looks up although nothing has come."""
 
 _log = logging.getLogger("srpc_client")
 
@@ -60,7 +64,7 @@ def serve(
         for path, handler in handlers.items():
             service.add(path, handler, mode, group)
         while not until():
-            service.turn(0.5)
+            service.turn()
     finally:
         service.close(keep)
 
@@ -90,6 +94,7 @@ class _Listening:
     def error(self, error: SrpcError | None) -> None:
         if error is not None:
             self._endpoint.registered = False
+            self._endpoint.service.lapsed = True
 
 
 class _Endpoint:
@@ -161,7 +166,7 @@ class _Line:
                 raise
             if awaitable is not None:
                 _refuse(request, awaitable)
-            if core.waiting > HIGH_WATER or time.monotonic() - begun > PATIENCE:
+            if waiting and (core.waiting > HIGH_WATER or time.monotonic() - begun > PATIENCE):
                 self._write()
                 begun = time.monotonic()
         if core.waiting and not self._unsent:
@@ -176,7 +181,7 @@ class _Line:
                 if written < len(data):
                     data = memoryview(data)[written:]
                     break
-                data = self.core.take()
+                data = self.core.take() if waited else b""
         except BlockingIOError:
             pass
         except OSError:  # EPIPE: the caller's worker is gone
@@ -227,7 +232,13 @@ class _Service:
         self._tree = tree
         self._endpoints: list[_Endpoint] = []
         self._connection: Connection | None = None
+        self.lapsed = False
+        """Whether there may be an endpoint that is not registered any more."""
         self._pause, self._retry = RETRY_FIRST, 0.0
+        self._alarm = Alarm()
+        self.epoll.register(self._alarm.fd, EPOLLIN)
+        self.sources[self._alarm.fd] = self._tick
+        self._tick()
 
     def forget(self, fd: int) -> None:
         if self.sources.pop(fd, None) is not None:
@@ -259,13 +270,22 @@ class _Service:
             return
         self.lines.add(_Line(self, endpoint.handler, receive, send))
 
-    def turn(self, seconds: float) -> None:
-        """Serve what has come within `seconds`; bring back what the daemon does not know any more."""
+    def _tick(self, _events: int = 0) -> None:
+        self._alarm.clear()
+        self._alarm.set(time.monotonic() + TICK)
+
+    def turn(self, seconds: float | None = None) -> None:
+        """Serve what has come within `seconds`, or within TICK; bring back what the daemon does not know any more."""
         for fd, events in self.epoll.poll(seconds):
             source = self.sources.get(fd)
             if source is not None:  # else an earlier one of this batch has ended it
                 source(events)
+        if self.lapsed:
+            self._bring_back()
+
+    def _bring_back(self) -> None:
         if all(endpoint.registered for endpoint in self._endpoints):
+            self.lapsed = False
             self._pause, self._retry = RETRY_FIRST, 0.0
             return
         now = time.monotonic()
@@ -309,3 +329,4 @@ class _Service:
         if self._connection is not None:
             self._connection.close()
         self.epoll.close()
+        self._alarm.close()

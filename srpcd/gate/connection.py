@@ -107,9 +107,9 @@ class Connection:
                 return  # stopped between the event and now
             data = self._transport.recv()
             if data:
-                self._active = self._loop.time()
+                self._active = self._loop.now
                 self.session.receive(data)
-                self.settle()
+                self._settle()
             elif data is None:
                 self.update()
             else:
@@ -152,10 +152,10 @@ class Connection:
         if session.out and self._stage < Stage.LINGERING:
             data = b"".join(session.out)
             session.out.clear()
-            self._active = now = self._loop.time()
+            self._active = self._loop.now
             sent = 0 if self._backlog.size else self._transport.send(data)
             if sent < len(data):
-                self._backlog.add(memoryview(data)[sent:], now)
+                self._backlog.add(memoryview(data)[sent:], self._loop.time())
             elif self._stage is Stage.OPEN:
                 return
             self.update()

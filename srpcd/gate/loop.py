@@ -11,14 +11,18 @@ from select import EPOLLIN, EPOLLOUT, epoll
 from time import monotonic
 from typing import Any
 
+from srpcd.alarm import Alarm
+
+INFINITY = float("inf")
+
 EVENTS = 128
 """Descriptors that are seen to in one pass. Those beyond are first in the next one: the kernel takes turns."""
 
 
 class Loop:
-    """The loop of one gate. time: its clock, monotonic seconds."""
+    """The loop of one gate. time: its clock, monotonic seconds. now: what it said when this pass began."""
 
-    __slots__ = ("_epoll", "_number", "_readers", "_running", "_timers", "_writers")
+    __slots__ = ("_alarm", "_alarm_set", "_epoll", "_number", "_readers", "_running", "_timers", "_writers", "now")
 
     time = staticmethod(monotonic)
 
@@ -29,6 +33,10 @@ class Loop:
         self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._number = 0  # of the last timer: those that are due at the same time keep their order
         self._running = False
+        self._alarm = Alarm()
+        self._alarm_set = INFINITY  # when it goes off
+        self.add_reader(self._alarm.fd, self._went_off)
+        self.now = monotonic()
 
     # --- descriptors ---------------------------------------------------------------------------------------------------
 
@@ -82,6 +90,10 @@ class Loop:
         self._number += 1
         heappush(self._timers, (when, self._number, callback, args))
 
+    def _went_off(self) -> None:
+        self._alarm.clear()
+        self._alarm_set = INFINITY
+
     # --- running -------------------------------------------------------------------------------------------------------
 
     def run_forever(self) -> None:
@@ -89,16 +101,25 @@ class Loop:
         self._running = True
         poll, readers, writers, timers = self._epoll.poll, self._readers, self._writers, self._timers
         while self._running:
-            timeout = max(0.0, timers[0][0] - monotonic()) if timers else None
-            for fd, events in poll(timeout, EVENTS):
+            timeout = None
+            if timers and timers[0][0] < self._alarm_set:
+                first = timers[0][0]
+                if first <= self.now:
+                    timeout = 0.0
+                else:
+                    self._alarm.set(first)
+                    self._alarm_set = first
+            ready = poll(timeout, EVENTS)
+            now = self.now = monotonic()
+            for fd, events in ready:
                 # Both may have been removed by what came before in this pass. A descriptor of the same number that was
                 # added in it is called for nothing, which no callback minds.
                 if events & ~EPOLLOUT and fd in readers:
                     readers[fd]()
                 if events & ~EPOLLIN and fd in writers:
                     writers[fd]()
-            if timers:
-                now, last = monotonic(), self._number
+            if timers and timers[0][0] <= now:
+                last = self._number
                 while timers and timers[0][0] <= now and timers[0][1] <= last:  # what they add themselves waits for a pass
                     _when, _number, callback, args = heappop(timers)
                     callback(*args)
@@ -110,3 +131,4 @@ class Loop:
     def close(self) -> None:
         """Let go of it."""
         self._epoll.close()
+        self._alarm.close()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CALL_PREFIX = Struct(HEADER.format + ipc.CALL_HEAD.format[1:])
 """Header and head of a forwarded call, in one go."""
 
+_CALLS = (CALL, APPEND)
+
 LAST_READS = 64
 """Reads of what a worker that is gone has still left in the pipe."""
 
@@ -75,12 +77,12 @@ class Link:
         place = forward.place
         path = place.path
         kind = forward.kind
-        if kind in (CALL, APPEND):
+        if kind in _CALLS:
             body = forward.body
             size = ipc.CALL_HEAD.size + len(path) + len(body)
             head = CALL_PREFIX.pack(ipc.CALL, tag, size, connection.number, place.dev, place.ino, len(path)) + path
             self._out += (head, body)
-            self._out_size += len(head) + len(body)
+            self._out_size += HEADER.size + size
             forward.body = b""  # the worker's now
         elif kind == STAT:
             after = forward.body
@@ -110,8 +112,8 @@ class Link:
         out = self._out
         if not out or self._failed:
             return
-        now = self._loop.time()
         if self._backlog.size or self._out_size > READ_SIZE:
+            now = self._loop.time()
             for chunk in out:
                 self._backlog.add(chunk, now)
             self._out = []
@@ -129,7 +131,7 @@ class Link:
             self._fail()
             return
         if written < len(data):
-            self._backlog.add(memoryview(data)[written:], now)
+            self._backlog.add(memoryview(data)[written:], self._loop.time())
             self._loop.add_writer(self._write, self._writable)
 
     def check(self, now: float, stall: float, patience: float) -> None:

@@ -29,6 +29,7 @@ from srpcd.gate.tls import SO_PASSRIGHTS
 MONITOR = 3
 """The descriptor of the monitor's socket (see `srpcd.gate.__main__`)."""
 
+TIMER_ABSTIME = 1
 FIONBIO, FUTEX_WAKE_PRIVATE = 0x5421, 0x81
 PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, MREMAP_MAYMOVE = 0b11, 0x22, 1
 
@@ -38,6 +39,7 @@ ALLOWED: tuple[tuple[str, dict[int, int]], ...] = (
     ("epoll_wait", {}),
     ("epoll_pwait", {}),  # the same where there is no epoll_wait (arm64)
     ("epoll_ctl", {}),
+    ("timerfd_settime", {1: TIMER_ABSTIME}),  # of the one timer that the loop has, to be woken up in time
     ("recvfrom", {}),
     ("sendto", {4: 0}),  # no address: with one, and MSG_FASTOPEN, it is a connect
     ("recvmsg", {0: MONITOR}),  # no descriptor can be taken from a client; nor given to one: there is no sendmsg

@@ -89,16 +89,23 @@ class Plain:
         self.sock.close()
 
 
+_buffer = ffi.new("char[]", RECORD)  # what SSL_read writes to: a gate has one thread
+
+
 class Tls(Plain):
     """A connection that speaks TLS.
 
     wants_write: TLS has something of its own to send before it can go on.
+
+    SSL_read(3) and SSL_write(3) are called directly: what pyOpenSSL does around them (memory for each read, a look for
+    errors also where there was none) takes longer than they do. What went wrong is still its to say.
     """
 
     def __init__(self, sock: socket.socket, context: SSL.Context) -> None:
         self.sock = sock
         self._ready = False
         self._tls = SSL.Connection(context, sock)
+        self._ssl = self._tls._ssl
         self._tls.set_accept_state()
 
     def handshake(self) -> bool:
@@ -125,10 +132,10 @@ class Tls(Plain):
         self.wants_write = False
         data = b""
         try:
-            data = self._tls.recv(RECORD)
+            data = self._record()
             if len(data) == RECORD:
                 while len(data) < READ_SIZE:
-                    data += self._tls.recv(RECORD)
+                    data += self._record()
             return data
         except SSL.WantReadError:
             return data or None
@@ -140,14 +147,27 @@ class Tls(Plain):
         except SSL.Error as fault:
             raise TransportError(f"read: {fault!r}") from None
 
+    def _record(self) -> bytes:
+        size = lib.SSL_read(self._ssl, _buffer, RECORD)
+        if size <= 0:
+            self._tls._raise_ssl_error(self._ssl, size)
+        data: bytes = ffi.buffer(_buffer, size)[:]
+        return data
+
+    def _put(self, data: bytes | memoryview) -> int:
+        size: int = lib.SSL_write(self._ssl, data if isinstance(data, bytes) else ffi.from_buffer(data), len(data))
+        if size <= 0:
+            self._tls._raise_ssl_error(self._ssl, size)
+        return size
+
     def send(self, data: bytes | memoryview) -> int:
         sent, size = 0, len(data)
         try:
-            sent = self._tls.send(data)
+            sent = self._put(data)
             if sent < size:
                 rest = memoryview(data)
                 while sent < size:
-                    sent += self._tls.send(rest[sent:])
+                    sent += self._put(rest[sent:])
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except SSL.Error as fault:

@@ -208,7 +208,8 @@ class Session:
         if self._outstanding.get(seq) is not forward:
             return
         # The worker, or the handler behind it, may send anything: it must not confuse the other users of the connection.
-        if len(body) < 4 or METADATA_LENGTH.unpack_from(body)[0] > min(len(body) - 4, METADATA_MAX):
+        rest = len(body) - 4
+        if rest < 0 or not rest >= METADATA_LENGTH.unpack_from(body)[0] <= METADATA_MAX:
             self.failed(forward, EBADMSG, "the handler's reply is malformed")
         elif forward.kind == CALL:
             if forward.flushes is None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 HEADER = Struct("!iQQ")
+_header_at = HEADER.unpack_from
 CALL_HEAD = Struct("!QI")
 """Head of a call's body: fid, metadata length."""
 METADATA_LENGTH = Struct("!I")
@@ -135,11 +136,19 @@ class FrameReader:
         self._missing = 0  # bytes after which `_pending` is worth another look
 
     def feed(self, data: bytes) -> "Iterator[tuple[int, int, bytes]]":
-        """Yield each frame that `data` completes, as (type, seq, body). To be consumed to its end.
+        """Each frame that `data` completes, as (type, seq, body). To be consumed to its end.
 
         Raises ProtocolError (EPROTO: unknown type; EMSGSIZE: too long) at the place in the stream where it is; nothing
         may be fed after that.
         """
+        rest = len(data) - 20
+        if rest >= 0 and not self._missing:
+            kind, seq, length = _header_at(data)
+            if rest == length <= self.limits.get(kind, -1):  # one frame and no more: a lone call
+                return iter(((kind, seq, data[20:]),))
+        return self._frames(data)
+
+    def _frames(self, data: bytes) -> "Iterator[tuple[int, int, bytes]]":
         if self._missing:
             self._pending += data
             self._missing -= len(data)
@@ -150,7 +159,7 @@ class FrameReader:
             self._missing = 0
         offset, end = 0, len(data)
         while end - offset >= 20:
-            kind, seq, length = HEADER.unpack_from(data, offset)
+            kind, seq, length = _header_at(data, offset)
             limit = self.limits.get(kind)
             if limit is None:
                 raise ProtocolError(EPROTO, f"message type {kind} is not known here", seq)

@@ -193,6 +193,8 @@ REQUEST_TYPES: dict[int, type[Message]] = {
 """Type of each JSON request's body. Call, flush and ping have bodies of their own."""
 
 _encoder = msgspec.json.Encoder()
+_call_head = frames.CALL_HEAD.unpack_from
+_metadata_length = frames.METADATA_LENGTH.unpack_from
 _decoders: dict[type[Message], tuple[msgspec.json.Decoder[Message], list[str]]] = {}
 """Decoder of each type, and its fields of type U64."""
 
@@ -239,14 +241,15 @@ def split_call(body: bytes, seq: int = 0) -> tuple[int, bytes]:
 
     Raises ProtocolError: EBADMSG where the lengths do not fit, EMSGSIZE for too much metadata.
     """
-    if len(body) < frames.CALL_HEAD.size:
+    rest = len(body) - 12
+    if rest < 0:
         raise ProtocolError(EBADMSG, f"call: a body of {len(body)} bytes, at least 12 are needed", seq)
-    fid, metadata = frames.CALL_HEAD.unpack_from(body)
+    fid, metadata = _call_head(body)
     if metadata > METADATA_MAX:
         raise ProtocolError(EMSGSIZE, f"call: {metadata} bytes of metadata, at most {METADATA_MAX} are allowed", seq)
-    if metadata > len(body) - frames.CALL_HEAD.size:
+    if metadata > rest:
         raise ProtocolError(EBADMSG, f"call: {metadata} bytes of metadata announced, fewer are there", seq)
-    if len(body) - frames.CALL_HEAD.size - metadata > PAYLOAD_MAX:
+    if rest - metadata > PAYLOAD_MAX:
         raise ProtocolError(EMSGSIZE, f"call: a payload of over {PAYLOAD_MAX} bytes", seq)
     return fid, body[8:]
 
@@ -265,11 +268,11 @@ def split_call_reply(body: bytes, seq: int = 0) -> tuple[bytes, bytes]:
     """(payload, metadata) of a call's reply (or of a call's body after its fid). Raises ProtocolError (EBADMSG)."""
     if len(body) < 4:
         raise ProtocolError(EBADMSG, f"call reply: a body of {len(body)} bytes, at least 4 are needed", seq)
-    (metadata,) = frames.METADATA_LENGTH.unpack_from(body)
-    if metadata > min(METADATA_MAX, len(body) - 4):
-        raise ProtocolError(EBADMSG, f"call reply: {metadata} bytes of metadata announced", seq)
+    (metadata,) = _metadata_length(body)
     if not metadata:
         return body[4:], b""
+    if metadata > min(METADATA_MAX, len(body) - 4):
+        raise ProtocolError(EBADMSG, f"call reply: {metadata} bytes of metadata announced", seq)
     return body[4 + metadata :], body[4 : 4 + metadata]
 
 

@@ -71,16 +71,12 @@ class Line:
 
     def send(self, call: Call) -> bool:
         """Hand a call over. False: too many are with the handler already."""
-        if (
-            self.over
-            or self._retiring
-            or len(self.pending) >= LINE_OUTSTANDING_MAX
-            or self.writer.size + len(call.body) > BUFFER_MAX
-        ):
+        pending, writer, body = self.pending, self.writer, call.body
+        if len(pending) >= LINE_OUTSTANDING_MAX or writer.size + len(body) > BUFFER_MAX or self.over or self._retiring:
             return False
         self._seq = seq = self._seq + 1  # never used twice: a late answer can't be taken for another call's
-        self.pending[seq] = call
-        self.writer.add(_CALL_HEAD.pack(CALL, seq, 8 + len(call.body), 0) + call.body)
+        pending[seq] = call
+        writer.add(_CALL_HEAD.pack(CALL, seq, 8 + len(body), 0) + body)
         self.used = self._loop.now
         call.body = b""
         call.seq = seq
@@ -144,31 +140,29 @@ class Line:
 
     def _feed(self, data: bytes) -> None:
         self.used = self._loop.now
+        pending = self.pending
         try:
             for kind, seq, body in self._reader.feed(data):
-                self._answer(kind, seq, body)
-            if self._reader.partial and not self.pending:
+                if seq not in pending:
+                    raise ProtocolError(ECONNRESET, "an answer to no call", seq)
+                call = pending[seq]
+                if kind == CALL_REPLY:
+                    size = len(body) - METADATA_LENGTH.size
+                    if size < 0 or not size >= METADATA_LENGTH.unpack_from(body)[0] <= METADATA_MAX:
+                        raise ProtocolError(ECONNRESET, "the metadata length does not fit the answer", seq)
+                    if call is not None:
+                        call.finish(body)
+                elif call is not None:
+                    call.fail_by_handler(body)
+                del pending[seq]
+                self.answered = True
+            if not pending and self._reader.partial:
                 raise ProtocolError(ECONNRESET, "an answer to no call")  # else it could have us keep 16 MiB for nothing
         except ProtocolError as fault:
             self.fault = self.fault or fault.message
             self.end()
         if self._retiring:
             self._idle()
-
-    def _answer(self, kind: int, seq: int, body: bytes) -> None:
-        if seq not in self.pending:
-            raise ProtocolError(ECONNRESET, "an answer to no call", seq)
-        call = self.pending[seq]
-        if kind == CALL_REPLY:
-            size = len(body) - METADATA_LENGTH.size
-            if size < 0 or METADATA_LENGTH.unpack_from(body)[0] > min(size, METADATA_MAX):
-                raise ProtocolError(ECONNRESET, "the metadata length does not fit the answer", seq)
-            if call is not None:
-                call.finish(body)
-        elif call is not None:
-            call.fail_by_handler(body)
-        del self.pending[seq]
-        self.answered = True
 
     def _drain(self) -> None:
         # What a dead handler left is no more than the pipe's capacity; one that lives on is not listened to for ever.
@@ -244,6 +238,7 @@ class Services:
             if not line.send(call):
                 call.fail(EAGAIN, _FULL)
             return
+        endpoint = self.endpoint(endpoint.dev, endpoint.ino)  # without lines it may have been forgotten
         if len(endpoint.waiting) >= LINE_OUTSTANDING_MAX:
             call.fail(EAGAIN, _FULL)
             return

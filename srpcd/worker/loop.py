@@ -6,8 +6,10 @@ for the old one are still to be handled.
 """
 
 import os
-from select import EPOLLERR, EPOLLHUP, EPOLLOUT, epoll
+from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, epoll
 from time import monotonic
+
+from srpcd.alarm import Alarm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ INFINITY = float("inf")
 TICK = 0.05
 """Seconds between two looks at what is due, at least: deadlines are that coarse."""
 
+_EVENTS = 128
+"""Descriptors that are seen to in one pass. Those beyond are first in the next one: the kernel takes turns."""
+
 _JOIN = 64 * 1024
 """Bytes that are joined into one write: a pipe's capacity. What is longer is not copied."""
 
@@ -31,7 +36,7 @@ class Writer:
     broken too. handler: it leads to a handler, so what waits in it counts as input (see `Loop.backlog`).
     """
 
-    __slots__ = ("_broken", "_dirty", "_ending", "_loop", "fd", "handler", "parts", "patience", "since", "size")
+    __slots__ = ("_broken", "_ending", "_loop", "fd", "handler", "parts", "patience", "since", "size")
 
     def __init__(
         self, loop: "Loop", fd: int, broken: "Callable[[], None]", patience: float = INFINITY, handler: bool = True
@@ -44,18 +49,16 @@ class Writer:
         self.handler = handler
         self._loop = loop
         self._broken = broken
-        self._dirty = False
         self._ending = False
         loop.watch(fd, 0, self._ready)
 
     def add(self, data: bytes) -> None:
         """Have `data` written at the end of this pass, or when there is room. Ignored when closed."""
         if self.fd >= 0:
+            if not self.size:  # else something waits already, and this goes out after it
+                self._loop.dirty.append(self)
             self.parts.append(data)
             self.size += len(data)
-            if not self._dirty:
-                self._dirty = True
-                self._loop.dirty.append(self)
 
     def discard(self, head: bytes) -> bool:
         """Take back the frame that begins with `head`. False: it, or some of it, may be gone already."""
@@ -65,12 +68,6 @@ class Writer:
                 self.size -= len(part)
                 return True
         return False
-
-    def flush(self) -> None:
-        """Write what fits."""
-        self._dirty = False
-        if self.fd >= 0 and self not in self._loop.armed:
-            self._write()
 
     def end(self) -> None:
         """Close once everything is written."""
@@ -97,15 +94,18 @@ class Writer:
         if mask & (EPOLLERR | EPOLLHUP):
             self.fail()
         elif self in self._loop.armed:
-            self._write()
+            self.flush()
 
-    def _write(self) -> None:
+    def flush(self) -> None:
+        """Write what fits."""
         parts = self.parts
         while parts:
-            count, size = 1, len(parts[0])
-            while count < len(parts) and size + len(parts[count]) <= _JOIN:
-                size += len(parts[count])
-                count += 1
+            count = len(parts)
+            if self.size > _JOIN and count > 1:
+                count, size = 1, len(parts[0])
+                while size + len(parts[count]) <= _JOIN:
+                    size += len(parts[count])
+                    count += 1
             chunk = parts[0] if count == 1 else b"".join(parts[:count])
             try:
                 written = os.write(self.fd, chunk)
@@ -151,8 +151,11 @@ class Loop:
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._watched: dict[int, tuple[int, int]] = {}
         self._closing: list[int] = []
+        self._alarm = Alarm()
+        self._alarm_set = INFINITY  # when it goes off
         self._next = INFINITY
         self._paused: frozenset[int] = frozenset()
+        self.watch(self._alarm.fd, EPOLLIN, self._went_off)
 
     def watch(self, fd: int, mask: int, callback: "Callable[[int], None]", group: int = ALWAYS) -> None:
         """Call `callback` with the event mask whenever something is up. Errors and hang-ups are always reported."""
@@ -194,27 +197,32 @@ class Loop:
 
     def turn(self) -> None:
         """One pass; sleeps until there is something to do."""
-        timeout = -1.0 if self._next == INFINITY else max(0.0, self._next - monotonic())
+        timeout = None
         if self._closing:  # by somebody between two passes
             timeout = 0.0
-        events = self._epoll.poll(timeout)
-        self.now = monotonic()
+        elif self._next < self._alarm_set:
+            self._alarm.set(self._next)
+            self._alarm_set = self._next
+        events = self._epoll.poll(timeout, _EVENTS)
+        now = self.now = monotonic()
+        callbacks, dirty = self._callbacks, self.dirty
         for fd, mask in events:
-            callback = self._callbacks.get(fd)
-            if callback is not None:
-                callback(mask)
-        if self.now >= self._next:
+            if fd in callbacks:
+                callbacks[fd](mask)
+        if now >= self._next:
             self._next = INFINITY
             due = min(duty() for duty in self.duties)
-            self.wake(due if due == INFINITY else max(due, self.now + TICK))
-        while self.dirty:  # a writer that breaks gives others something to say, once
-            writers, self.dirty = self.dirty, []
-            for writer in writers:
-                writer.flush()
+            self.wake(due if due == INFINITY else max(due, now + TICK))
+        while dirty:  # a writer that breaks gives others something to say, once
+            dirty.pop().flush()
         if self._closing:
             for fd in self._closing:
                 os.close(fd)
             self._closing.clear()
+
+    def _went_off(self, _mask: int) -> None:
+        self._alarm.clear()
+        self._alarm_set = INFINITY
 
     def _impatience(self) -> float:
         for writer in [each for each in self.armed if self.now >= each.since + each.patience]:

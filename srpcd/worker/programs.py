@@ -8,14 +8,14 @@ import os
 from errno import EAGAIN, ECONNRESET, EIO, EMSGSIZE, ESTALE
 from select import EPOLLIN
 
-from srpcd.ipc import WorkerSetup
+from srpcd.ipc import PROGRAM, RESIDENT, WorkerSetup
 from srpcd.wire.errors import RequestError, sentence
 from srpcd.wire.frames import METADATA_LENGTH, caller_frame
 from srpcd.wire.limits import PAYLOAD_MAX, READ_SIZE
 from srpcd.worker.calls import Call
 from srpcd.worker.lines import Line
 from srpcd.worker.loop import HANDLERS, INFINITY, Loop, Writer
-from srpcd.worker.resolve import Tree, fail
+from srpcd.worker.resolve import Tree, fail, kind_of
 from srpcd.worker.spawn import Process, status_sentence
 from srpcd.worker.trust import open_trusted
 
@@ -200,7 +200,7 @@ class Programs:
         """
         program, found = open_trusted(self._tree, call.path, self._owner)
         try:
-            if (found.st_dev, found.st_ino) != (call.dev, call.ino):
+            if found.st_ino != call.ino or found.st_dev != call.dev or kind_of(found.st_mode) not in (PROGRAM, RESIDENT):
                 fail(ESTALE)
             self._tree.check_execute(program)
             if found.st_mode & 0o1000:

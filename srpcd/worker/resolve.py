@@ -10,7 +10,7 @@ from errno import EACCES, EINVAL, ELOOP, ENOENT, ENXIO, ESTALE, EXDEV
 from time import monotonic
 
 from srpcd.ipc import DIRECTORY, PROGRAM, RESIDENT, SERVICE
-from srpcd.openat2 import open_beneath
+from srpcd.openat2 import may_execute, open_beneath, open_pipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -125,9 +125,28 @@ class Tree:
             if fault.errno != ENXIO:
                 raise
 
+    def may_write(self, name: bytes, dev: int, ino: int) -> bool:
+        """Whether the named pipe of a fid is at its path, and this user may write on it.
+
+        One look-up of the whole path answers both: what was opened for writing is looked at, so it is decided about that
+        very inode here too. False: not so, or nobody reads the pipe; `open_fid` and `check_write` tell what it is.
+        name: a path where they have found this pipe before. To open anything else for writing could have effects.
+        """
+        if monotonic() - self._looked >= ROOT_SECONDS:
+            try:
+                self.root()
+            except OSError:
+                return False
+        fd = open_pipe(self._root, name)
+        if fd < 0:
+            return False
+        found = os.fstat(fd)
+        os.close(fd)
+        return found.st_ino == ino and found.st_dev == dev and found.st_mode & _S_IFMT == _S_IFIFO
+
     def check_execute(self, fd: int) -> None:
         """May this user execute the file that `fd` (O_PATH) holds? Raises OSError (EACCES)."""
-        if not os.access(str(fd), os.X_OK, dir_fd=self._descriptors):
+        if not may_execute(fd) and not os.access(str(fd), os.X_OK, dir_fd=self._descriptors):
             fail(EACCES)
 
     def reopen(self, fd: int, flags: int) -> int:

@@ -66,10 +66,11 @@ _KEY_BEGIN, _KEY_END = 8, CALL_HEAD.size
 class Known:
     """What was checked of an endpoint. batch: of reads in which it was; one check stands for all calls of one read."""
 
-    __slots__ = ("batch", "endpoint", "line", "path")
+    __slots__ = ("batch", "endpoint", "line", "name", "path")
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self.path = _text(name)
         self.batch = 0
         self.endpoint: Endpoint | None = None
         self.line: HandlerLine | None = None
@@ -193,17 +194,17 @@ class GateLink(Link):
         conn, dev, ino, length = CALL_HEAD.unpack_from(body)
         begin = _KEY_END + length
         size = len(body) - begin - METADATA_LENGTH.size
-        if length > PATH_MAX or size < 0 or METADATA_LENGTH.unpack_from(body, begin)[0] > min(size, METADATA_MAX):
+        if length > PATH_MAX or size < 0 or not size >= METADATA_LENGTH.unpack_from(body, begin)[0] <= METADATA_MAX:
             raise ProtocolError(EPROTO, "a CALL whose lengths do not fit", tag)
-        if conn not in self._peers or tag in self.calls:
+        calls = self.calls
+        if conn not in self._peers or tag in calls:
             raise ProtocolError(EPROTO, "a CALL of no connection, or with a tag that is in use", tag)
         key = body[_KEY_BEGIN:begin]
-        known = worker.known.get(key)
-        if known is None:
-            known = worker.know(key, _text(body[_KEY_END:begin]))
+        known = worker.known.get(key) or worker.know(key, body[_KEY_END:begin])
         now = self._loop.now
-        call = self.calls[tag] = Call(self, tag, conn, known.path, dev, ino, body[begin:], now)
-        self._loop.wake(now + worker.calls.timeout)
+        if not calls:  # a deadline later than another's needs no seeing to: of a link's calls, only the oldest's
+            self._loop.wake(now + worker.calls.timeout)
+        call = calls[tag] = Call(self, tag, conn, known.path, dev, ino, body[begin:], now)
         if size > LARGE and self._loop.backlog() + worker.services.held() > HANDLER_INPUT_MAX:
             call.fail(EAGAIN, "too much waits for handlers that do not read: try again later")
             return
@@ -266,11 +267,13 @@ class Worker:
 
     def run(self) -> "NoReturn":
         """Serve until the monitor is gone."""
+        loop, waiters = self.loop, self.services.waiters
         while True:
-            for link in [each for each in self.finishing if not each.calls and not each.writer.size]:
-                link.end()
-            self.loop.turn()
-            if self.loop.armed or self._paused or self.services.waiters:
+            if self.finishing:
+                for link in [each for each in self.finishing if not each.calls and not each.writer.size]:
+                    link.end()
+            loop.turn()
+            if loop.armed or self._paused or waiters:
                 self._balance()
 
     def tell(self, message: Message) -> None:
@@ -286,15 +289,29 @@ class Worker:
             self._unsent.append(message)
             self.loop.modify(self._pipe, EPOLLOUT)
 
-    def know(self, key: bytes, path: str) -> Known:
-        """Remember an endpoint by its key."""
+    def know(self, key: bytes, name: bytes) -> Known:
+        """Remember an endpoint by its key. name: its path."""
         if len(self.known) >= _KNOWN_MAX:
             self.known.clear()
-        known = self.known[key] = Known(path)
+        known = self.known[key] = Known(name)
         return known
 
     def check(self, known: Known, call: Call, peer: str) -> None:
         """Have the kernel decide about a call, and hand it over."""
+        # What was found before is most likely still there, and there are shorter ways to see that it is, and is permitted.
+        # Whatever else they find, the long way is gone after them, which says what it is.
+        if known.endpoint is not None:
+            if self.tree.may_write(known.name, call.dev, call.ino):
+                known.batch = self.batch
+                self.services.deliver(known.endpoint, call)
+                return
+        elif known.line is not None:
+            try:
+                known.line = self.programs.call(call, peer)
+                known.batch = self.batch
+                return
+            except (OSError, RequestError):
+                pass
         known.endpoint = known.line = None
         try:
             fd, _found, kind = self.tree.open_fid(call.path, call.dev, call.ino)

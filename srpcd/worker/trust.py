@@ -34,20 +34,22 @@ def open_trusted(tree: Tree, path: str, owner: int) -> "tuple[int, os.stat_resul
     Raises OSError with what the kernel said; RequestError with which file or directory is to blame, and why.
     """
     elements = path.split("/")
-    fd = -1
+    root = fd = tree.root()
     try:
-        for depth in range(len(elements) + 1):
-            name = elements[depth - 1] if depth else "."
-            below = open_beneath(fd if depth else tree.root(), name, os.O_PATH)
-            if fd >= 0:
+        found = os.fstat(root)
+        _check("", found, owner)
+        for depth, name in enumerate(elements, 1):
+            below = open_beneath(fd, name, os.O_PATH)
+            if fd != root:
                 os.close(fd)
             fd = below
             found = os.fstat(fd)
-            _check("/".join(elements[:depth]), found, owner)
+            if found.st_mode & 0o022 or found.st_uid != owner:
+                _check("/".join(elements[:depth]), found, owner)
         if found.st_mode & 0o6000:
             _refuse(path, f"set-user-id or set-group-id (mode {found.st_mode & 0o7777:04o}): chmod ug-s")
     except (OSError, RequestError):
-        if fd >= 0:
+        if fd != root:
             os.close(fd)
         raise
     return fd, found

@@ -19,14 +19,14 @@ pytestmark = pytest.mark.needs_root
 
 PATH = "/cost/echo"
 
-LONE = {"caller": 4, "gate": 7, "worker": 11, "service": 3}
+LONE = {"caller": 4, "gate": 7, "worker": 9, "service": 3}
 """System calls of one call when no other is on its way: `blocking.dial` to `blocking.serve`."""
 WAITS = {"caller": 1, "gate": 2, "worker": 2, "service": 1}
 """How often each has to wait in such a call: once for each hop that it reads from."""
 TOLERANCE = 0.2
 """Per call: what the processes do besides (timers, and the command to begin) is spread over all calls."""
 
-IN_FLIGHT = {"caller": 0.063, "gate": 0.110, "worker": 0.172, "service": 0.047}
+IN_FLIGHT = {"caller": 0.063, "gate": 0.110, "worker": 0.141, "service": 0.047}
 """System calls of one call with 64 in flight: calls that arrive together share them, and all 64 do."""
 WAITS_IN_FLIGHT = 0.095
 """Waits of one call with 64 in flight, of all processes together."""

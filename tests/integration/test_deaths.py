@@ -8,8 +8,9 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from errno import EACCES, EAGAIN, ECANCELED, ECONNRESET, ENXIO, ESTALE, ETIMEDOUT
+from pathlib import Path
 
 import pytest
 
@@ -229,10 +230,20 @@ async def test_a_service_that_is_restarted_within_a_second_is_waited_for(daemon:
             assert await call == b"[0, 0]"
 
 
+def _has_line(service: "subprocess.Popen[bytes]") -> bool:
+    """Whether the service has a caller's line open."""
+    for link in Path(f"/proc/{service.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if "/lines/" in os.readlink(link):
+                return True
+    return False
+
+
 async def test_of_two_processes_that_serve_an_endpoint_one_may_die(daemon: realm.Daemon) -> None:
     async with await dial(daemon, "alice") as alice:
-        with serving(daemon, "calc3", "slow") as first, serving(daemon, "calc3", "slow"):
+        with serving(daemon, "calc3", "slow") as first, serving(daemon, "calc3", "slow") as second:
             await alice.call("/calc3/slow", b"0")
+            await reach(lambda: _has_line(first) and _has_line(second))
             calls = begin(alice, "/calc3/slow", b"0.7", CALLS)
             await asyncio.sleep(0.2)
             first.kill()

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,6 +229,14 @@ class Bench:
         ipc.send_descriptors(self.monitor, message, fds)
         ipc.close_all(fds)
 
+    def wait_for_reading(self, timeout: float = 5.0) -> None:
+        """Wait until the worker has taken all that was sent. Raises TimeoutError."""
+        end = time.monotonic() + timeout
+        while fcntl.ioctl(self.monitor, termios.TIOCOUTQ, bytes(4)) != bytes(4):
+            if time.monotonic() > end:
+                raise TimeoutError("the worker reads nothing")
+            time.sleep(0.001)
+
     def told(self, timeout: float = 5.0) -> ipc.Message:
         """What the worker tells the monitor next."""
         if not readable(self.packets, timeout):
@@ -313,7 +322,7 @@ def code() -> Iterator[Path]:
     """The worker's code where other users can read it, compiled."""
     base = Path(tempfile.mkdtemp(prefix="srpc-worker-code-"))
     base.chmod(0o755)
-    for source in ("__init__.py", "ipc.py", "confine.py", "libc.py", "openat2.py", "wire", "worker"):
+    for source in ("__init__.py", "ipc.py", "confine.py", "libc.py", "openat2.py", "alarm.py", "wire", "worker"):
         target = base / "srpcd" / source
         if (CODE / source).is_dir():
             shutil.copytree(CODE / source, target, ignore=shutil.ignore_patterns("__pycache__"))

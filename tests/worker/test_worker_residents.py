@@ -235,6 +235,22 @@ def test_permission_is_asked_of_the_kernel_at_each_call(tree: Path, gate: "Gate"
     (tree / "kept").chmod(0o755)
 
 
+def test_another_file_at_its_path_is_stale(tree: Path, gate: "Gate", echo: str) -> None:
+    inode = gate.walk(echo)[:2]
+    gate.call(echo, b"")
+    kept = (tree / echo).rename(tree / "elsewhere")
+    assert gate.outcome(gate.start(echo, b"", inode)) == errno.ENOENT
+    (tree / echo).write_text(ECHO)
+    (tree / echo).chmod(0o1777)  # nor may anybody else have written it; but it is another one first
+    assert gate.outcome(gate.start(echo, b"", inode)) == errno.ESTALE
+    (tree / echo).unlink()
+    (tree / echo).mkdir()
+    assert gate.outcome(gate.start(echo, b"", inode)) == errno.ESTALE
+    (tree / echo).rmdir()
+    kept.rename(tree / echo)
+    gate.call(echo, b"", inode)
+
+
 def test_idle_residents_make_room_for_others(start: "Callable[..., Bench]", program: Program) -> None:
     gate = start(children=1).gate()
     gate.call(program("echo", ECHO, 0o1755), b"")

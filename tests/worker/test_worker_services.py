@@ -371,6 +371,7 @@ def test_a_gate_whose_sessions_are_over_gets_what_is_under_way_and_begins_nothin
     seq, _payload = handler.request()
     for number in range(1, 5):  # whichever it is
         bench.send(ipc.GateOver(number))
+    bench.wait_for_reading()
     refused = gate.start("late", b"too late", inode)
     assert gate.outcome(refused) == errno.EKEYEXPIRED
     handler.reply(seq, b"done")
