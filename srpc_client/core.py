@@ -22,7 +22,7 @@ from srpc_client.errors import CallError, ConnectionLost, SrpcError
 from srpcd.wire import frames, messages
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.frames import CALL, CALL_REPLY, LISTEN_REPLY
-from srpcd.wire.limits import METADATA_MAX, OUTSTANDING_MAX, PAYLOAD_MAX
+from srpcd.wire.limits import LARGE, METADATA_MAX, OUTSTANDING_MAX, PAYLOAD_MAX
 from srpcd.wire.messages import split_call_reply
 
 W = TypeVar("W")
@@ -65,6 +65,7 @@ class ClientCore(Generic[W]):
 
     __slots__ = (
         "_flushes",
+        "_large",
         "_listening",
         "_orphans",
         "_out",
@@ -82,9 +83,10 @@ class ClientCore(Generic[W]):
         """Why the connection can't go on; None while it can."""
         self.waiting = 0
         """Bytes in `take`."""
-        self._reader = frames.FrameReader(frames.REPLIES)
+        self._reader = frames.FrameReader(frames.REPLIES, frames.reply_head)
         self._outstanding: dict[int, tuple[int, W | None]] = {}  # seq: (type of the reply wanted, who waits for it)
-        self._out: list[bytes] = []
+        self._out: list[bytes | memoryview] = []
+        self._large = False  # something LARGE is in `_out`
         self._seq = 0
         self._flushes = 0  # on their way
         self._listening = 0  # listens stay outstanding for good and are counted apart
@@ -110,7 +112,11 @@ class ClientCore(Generic[W]):
         self._outstanding[seq] = (CALL_REPLY, waiter)
         length = 12 + len(metadata) + len(payload)
         head = _CALL.pack(CALL, seq, length, fid, len(metadata))
-        self._out.append(b"%b%b%b" % (head, metadata, payload))
+        if length < LARGE:
+            self._out.append(b"%b%b%b" % (head, metadata, payload))
+        else:
+            self._out += frames.apart(head + metadata, payload)
+            self._large = True
         self.waiting += 20 + length
         return seq
 
@@ -171,11 +177,29 @@ class ClientCore(Generic[W]):
         """Whether so much is outstanding that a new call had better wait (the server would say EAGAIN)."""
         return len(self._outstanding) >= BUSY
 
-    def take(self) -> bytes:
-        """What is to be sent now, all of it."""
+    @property
+    def large(self) -> int:
+        """Bytes that are still to come of a large reply that has begun; else 0."""
+        return self._reader.large
+
+    def room(self) -> memoryview:
+        """Where the next of them belong. To be released, and `filled` told, before `receive`."""
+        return self._reader.room()
+
+    def filled(self, count: int) -> None:
+        """So many bytes were put into `room`. `receive` follows, with what came after them."""
+        self._reader.filled(count)
+
+    def take(self) -> bytes | memoryview:
+        """What is to be sent next; empty when that was all."""
         out = self._out
         if not out:
             return b""
+        if self._large:
+            data = frames.take(out)
+            self.waiting -= len(data)
+            self._large = self.waiting >= LARGE
+            return data
         data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
         self.waiting = 0
@@ -188,16 +212,21 @@ class ClientCore(Generic[W]):
         `failure` is set afterwards; what had been completed before is returned all the same.
         """
         done: list[tuple[W, Any, CallError | None]] = []
-        outstanding = self._outstanding
+        outstanding, reader = self._outstanding, self._reader
         try:
-            for kind, seq, body in self._reader.feed(data):
+            for kind, seq, body in reader.feed(data):
                 entry = outstanding.get(seq)
                 if entry is None:
                     self._unasked(kind, seq, body)
                     continue
                 wanted, waiter = entry
                 if kind == wanted:
-                    reply = split_call_reply(body, seq) if kind == CALL_REPLY else _DECODE[kind](body, seq)
+                    if kind != CALL_REPLY:
+                        reply = _DECODE[kind](body, seq)
+                    elif reader.payload:
+                        reply = (reader.payload, body[4:])
+                    else:
+                        reply = split_call_reply(body, seq)
                     if kind != LISTEN_REPLY:
                         del outstanding[seq]
                     if waiter is not None:
@@ -250,7 +279,8 @@ class ClientCore(Generic[W]):
             self.failure = failure or ConnectionLost(message=said)
         waiters = [waiter for _kind, waiter in self._outstanding.values() if waiter is not None]
         self._outstanding.clear()
-        self.take()
+        self._out.clear()
+        self.waiting = 0
         self._to_flush.clear()
         self._orphans.clear()
         self._listening = self._flushes = 0

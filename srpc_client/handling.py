@@ -15,7 +15,7 @@ from srpcd.wire import errors as wire_errors
 from srpcd.wire import frames
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.frames import CALL, CALL_HEAD, CALL_REPLY
-from srpcd.wire.limits import ERROR_MESSAGE_MAX, LINE_OUTSTANDING_MAX, METADATA_MAX, PAYLOAD_MAX
+from srpcd.wire.limits import ERROR_MESSAGE_MAX, LARGE, LINE_OUTSTANDING_MAX, METADATA_MAX, PAYLOAD_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,7 +113,10 @@ class Request:
             return
         length = len(metadata) + len(payload)
         head = _REPLY.pack(CALL_REPLY, self.seq, 4 + length, len(metadata))
-        self._core.answer(self, b"".join((head, metadata, payload)))
+        if length < LARGE:
+            self._core.answer(self, b"".join((head, metadata, payload)))
+        else:
+            self._core.answer(self, head + metadata, bytes(payload))
 
     def fail(self, errno: int, message: str = "") -> None:
         """Answer with an error. errno: of Linux. message: a sentence for the caller, the protocol's own when empty.
@@ -146,7 +149,7 @@ class Request:
 class HandlerCore:
     """The state of one line: its caller, what is not answered yet, and what waits to be written."""
 
-    __slots__ = ("_out", "_outstanding", "_reader", "caller", "on_answer", "over", "waiting")
+    __slots__ = ("_large", "_out", "_outstanding", "_reader", "caller", "on_answer", "over", "waiting")
 
     def __init__(self) -> None:
         self.caller: "Caller | None" = None
@@ -157,21 +160,35 @@ class HandlerCore:
         """Called when something waits to be written."""
         self.over = False
         """The line has ended: answers go nowhere."""
-        self._reader = frames.FrameReader(frames.LINE_REQUESTS)
+        self._reader = frames.FrameReader(frames.LINE_REQUESTS, frames.call_head)
+        self._large = False  # something LARGE is in `_out`
         self._outstanding: "dict[int, Request]" = {}
-        self._out: "list[bytes]" = []
+        self._out: "list[bytes | memoryview]" = []
+
+    @property
+    def large(self) -> int:
+        """Bytes that are still to come of a large request that has begun; else 0."""
+        return self._reader.large
+
+    def room(self) -> memoryview:
+        """Where the next of them belong. To be released, and `filled` told, before `receive`."""
+        return self._reader.room()
+
+    def filled(self, count: int) -> None:
+        """So many bytes were put into `room`. `receive` follows, with what came after them."""
+        self._reader.filled(count)
 
     def receive(self, data: bytes) -> "list[Request]":
         """Take what came in; returns the new requests. Raises ProtocolError, after which the line is to be closed."""
         new: "list[Request]" = []
-        outstanding = self._outstanding
-        for kind, seq, body in self._reader.feed(data):
+        outstanding, reader = self._outstanding, self._reader
+        for kind, seq, body in reader.feed(data):
             if kind == CALL:
                 if self.caller is None or seq in outstanding:
                     raise ProtocolError(EPROTO, "a call before its caller was named, or with a seq that is in use", seq)
                 if len(outstanding) >= LINE_OUTSTANDING_MAX:
                     raise ProtocolError(EPROTO, "more calls outstanding than a line may have", seq)
-                payload, metadata = _split(body, seq)
+                payload, metadata = (reader.payload, body[12:]) if reader.payload else _split(body, seq)
                 request = outstanding[seq] = Request(self, seq, payload, metadata)
                 new.append(request)
             elif kind == frames.FLUSH:
@@ -186,8 +203,11 @@ class HandlerCore:
                 self.caller = Caller.parse(body)
         return new
 
-    def answer(self, request: Request, frame: bytes) -> None:
-        """Queue a request's answer. Raises RuntimeError for a second one."""
+    def answer(self, request: Request, frame: bytes, payload: bytes = b"") -> None:
+        """Queue a request's answer. payload: the rest of the frame, where that is large.
+
+        Raises RuntimeError for a second one.
+        """
         if request.answered:
             raise RuntimeError("the request is answered already")
         request.answered = True
@@ -196,17 +216,26 @@ class HandlerCore:
         if not self.over:
             self._out.append(frame)
             self.waiting += len(frame)
+            if payload:
+                self._out.append(payload)
+                self.waiting += len(payload)
+                self._large = True
             if self.on_answer is not None:
                 self.on_answer()
 
-    def take(self) -> bytes:
-        """What is to be written now, all of it."""
+    def take(self) -> "bytes | memoryview":
+        """What is to be written next; empty when that was all."""
         if not self._out:
             return b""
-        data = b"".join(self._out)  # of one, that one itself
+        if self._large:
+            data = frames.take(self._out)
+            self.waiting -= len(data)
+            self._large = self.waiting >= LARGE
+            return data
+        joined = b"".join(self._out)  # of one, that one itself
         self._out.clear()
         self.waiting = 0
-        return data
+        return joined
 
     @property
     def outstanding(self) -> int:
@@ -216,7 +245,8 @@ class HandlerCore:
     def end(self) -> None:
         """The line has ended: nobody waits for what is outstanding."""
         self.over = True
-        self.take()
+        self._out.clear()
+        self.waiting = 0
         for request in list(self._outstanding.values()):
             request._cancel()
 

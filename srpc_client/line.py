@@ -14,10 +14,10 @@ from errno import ECANCELED
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
+from srpc_client import pipes
 from srpc_client.errors import ConnectionLost
 from srpc_client.handling import HIGH_WATER, Caller, HandlerCore, Request, begin, fail_with, finish
 from srpcd.wire.errors import ProtocolError
-from srpcd.wire.limits import READ_SIZE
 
 CONCURRENT_MAX = 256
 """Asynchronous handlers that run at a time for one line; further requests wait."""
@@ -114,8 +114,7 @@ class Line:
 
     def _on_readable(self) -> None:
         try:
-            data = os.read(self._receive, READ_SIZE)
-            requests = self._core.receive(data)
+            requests = pipes.receive(self._receive, self._core)
         except BlockingIOError:
             return
         except ProtocolError as fault:
@@ -125,7 +124,7 @@ class Line:
         except OSError:
             self._end()
             return
-        if not data:
+        if requests is None:
             self._end()
             return
         self._take(requests)
@@ -214,7 +213,7 @@ class Line:
                 if written < len(data):
                     data = memoryview(data)[written:]
                     break
-                data = self._core.take() if waited else b""
+                data = self._core.take() if self._core.waiting else b""
         except BlockingIOError:
             pass
         except OSError:  # EPIPE: the caller's worker is gone

@@ -12,9 +12,10 @@ from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 
 from srpc_client.errors import ConnectionLost, UntrustedServer
-from srpcd.wire.limits import READ_SIZE
+from srpcd.records import RECORD, Records
+from srpcd.wire.limits import LARGE, READ_SIZE
 
-_RECORD = 16384  # plaintext of one TLS record: more is never taken or given at once
+_NO_ROOM = memoryview(b"")
 _UCRED = struct.Struct("3i")
 
 
@@ -28,6 +29,9 @@ class Link(Protocol):
 
     def receive(self) -> bytes | None:
         """What has come in; None if nothing has, empty at the end. Raises ConnectionLost."""
+
+    def receive_into(self, room: memoryview) -> tuple[int, bytes | None]:
+        """As `receive`, straight to where it belongs. Returns how many bytes, and what came after them."""
 
     def close(self) -> None:
         """Say goodbye as far as that needs no waiting, and close."""
@@ -67,6 +71,14 @@ class LocalLink:
         except OSError as fault:
             raise ConnectionLost(message=f"the connection ended: {fault.strerror}") from None
 
+    def receive_into(self, room: memoryview) -> tuple[int, bytes | None]:
+        try:
+            return self._socket.recv_into(room), b""
+        except BlockingIOError:
+            return 0, None
+        except OSError as fault:
+            raise ConnectionLost(message=f"the connection ended: {fault.strerror}") from None
+
     def close(self) -> None:
         self._socket.close()
 
@@ -78,27 +90,30 @@ class TlsLink:
     errors also where there was none) takes longer than they do. What went wrong is still its to say.
     """
 
-    __slots__ = ("_buffer", "_socket", "_ssl", "_tls", "fd")
+    __slots__ = ("_buffer", "_records", "_socket", "_ssl", "_tls", "fd")
 
     def __init__(self, connected: socket.socket, tls: SSL.Connection) -> None:
         self._socket = connected
         self._tls = tls
         self._ssl = tls._ssl
-        self._buffer = ffi.new("char[]", _RECORD)
+        self._buffer = ffi.new("char[]", RECORD)
+        self._records = Records(tls, connected)
         self.fd = connected.fileno()
 
     def send(self, data: bytes | memoryview) -> int:
         # Whoever calls again after a partial send begins with the same bytes: OpenSSL may have a record of them under way.
         sent = 0
         try:
-            if len(data) <= _RECORD:
+            if len(data) >= LARGE or self._records.active:
+                return self._records.send(data)
+            if len(data) <= RECORD:
                 return self._put(data)
             view = memoryview(data)
             while sent < len(data):
-                sent += self._put(view[sent : sent + _RECORD])
+                sent += self._put(view[sent : sent + RECORD])
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
-        except SSL.Error as fault:
+        except (SSL.Error, OSError) as fault:
             raise self._lost(fault) from None
         return sent
 
@@ -108,9 +123,21 @@ class TlsLink:
             self._tls._raise_ssl_error(self._ssl, size)
         return size
 
+    def receive_into(self, room: memoryview) -> tuple[int, bytes | None]:
+        try:
+            return self._records.receive(room)
+        except SSL.SysCallError as fault:
+            if fault.args[0] == -1:
+                return 0, b""
+            raise self._lost(fault) from None
+        except (SSL.Error, OSError) as fault:
+            raise self._lost(fault) from None
+
     def receive(self) -> bytes | None:
         try:
-            size = lib.SSL_read(self._ssl, self._buffer, _RECORD)
+            if self._records.active:
+                return self.receive_into(_NO_ROOM)[1]
+            size = lib.SSL_read(self._ssl, self._buffer, RECORD)
             if size <= 0:
                 self._tls._raise_ssl_error(self._ssl, size)
             data: bytes = ffi.buffer(self._buffer, size)[:]
@@ -127,14 +154,15 @@ class TlsLink:
             raise self._lost(fault) from None
 
     @staticmethod
-    def _lost(fault: SSL.Error) -> ConnectionLost:
-        if isinstance(fault, SSL.SysCallError):
+    def _lost(fault: SSL.Error | OSError) -> ConnectionLost:
+        if isinstance(fault, SSL.SysCallError | OSError):
             return ConnectionLost(message=f"the connection ended: {fault.args[-1]}")
         return ConnectionLost(message=f"the TLS connection failed: {fault}")
 
     def close(self) -> None:
         try:
             self._tls.shutdown()
-        except SSL.Error:
+            self._records.flush()
+        except (SSL.Error, OSError):
             pass
         self._socket.close()

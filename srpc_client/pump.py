@@ -87,7 +87,7 @@ class Pump:
                 if sent < len(data):
                     data = memoryview(data)[sent:]
                     break
-                data = self.core.take() if waited else b""
+                data = self.core.take() if self.core.waiting else b""
         except ConnectionLost as fault:
             self.lose(fault)
             return
@@ -110,17 +110,22 @@ class Pump:
                 room -= 1
 
     def _on_readable(self) -> None:
+        core, count = self.core, 0
         try:
-            data = self._link.receive()
+            if core.large:
+                with core.room() as room:
+                    count, data = self._link.receive_into(room)
+                core.filled(count)
+            else:
+                data = self._link.receive()
         except ConnectionLost as fault:
             self.lose(fault)
             return
         if data is None:
             return
-        if not data:
+        if not data and not count:
             self.lose()
             return
-        core = self.core
         for waiter, reply, error in core.receive(data):
             if waiter.done():
                 continue

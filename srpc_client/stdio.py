@@ -16,9 +16,9 @@ import os
 import sys
 from time import monotonic
 
+from srpc_client import pipes
 from srpc_client.handling import HIGH_WATER, HandlerCore, begin
 from srpcd.wire.errors import ProtocolError
-from srpcd.wire.limits import READ_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def serve_stdio(handler: "Handler") -> None:
     os.dup2(2, 1)
     core = HandlerCore()
     try:
-        while data := os.read(source, READ_SIZE):
-            requests = core.receive(data)
+        while (requests := pipes.receive(source, core)) is not None:
             begun = monotonic()
             for at, request in enumerate(requests):
                 awaitable = begin(handler, request)
@@ -55,10 +54,10 @@ def serve_stdio(handler: "Handler") -> None:
                     _go_on_asynchronously(handler, core, (request, awaitable), requests[at + 1 :], (source, sink))
                     return
                 if core.waiting > HIGH_WATER or monotonic() - begun > PATIENCE:
-                    _write(sink, core.take())
+                    _write(sink, core)
                     begun = monotonic()
             if core.waiting:
-                _write(sink, core.take())
+                _write(sink, core)
     except ProtocolError as fault:
         sys.exit(f"this program is started by srpcd, which speaks frames on its standard input ({fault.message})")
     except BrokenPipeError:
@@ -69,15 +68,16 @@ def serve_stdio(handler: "Handler") -> None:
         os.close(sink)
 
 
-def _write(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except BlockingIOError:  # the descriptor was made non-blocking by whoever started us
-            import select  # noqa: PLC0415
+def _write(fd: int, core: HandlerCore) -> None:
+    while data := core.take():
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(fd, view) :]
+            except BlockingIOError:  # the descriptor was made non-blocking by whoever started us
+                import select  # noqa: PLC0415
 
-            select.select([], [fd], [])
+                select.select([], [fd], [])
 
 
 def _go_on_asynchronously(

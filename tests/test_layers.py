@@ -56,7 +56,8 @@ ROOTS = ("json", "ssl", "http", "urllib", "xml", "zlib", "gzip", "email", "subpr
 ROWS = (
     Row("package", ("srpcd/__init__.py",), ()),
     Row("wire, messages", ("srpcd/wire/messages.py",), ("srpcd.wire", "srpcd.wire.*"), ("msgspec",), never=PURE),
-    Row("wire, light", ("srpcd/wire/*",), LIGHT_WIRE, only=("errno", "struct", "typing", "collections")),
+    # io for BytesIO, in memory: what else is in it would be seen.
+    Row("wire, light", ("srpcd/wire/*",), LIGHT_WIRE, only=("errno", "struct", "typing", "collections", "io")),
     Row("session", ("srpcd/session/*",), ("srpcd.wire", "srpcd.wire.*", "srpcd.session", "srpcd.session.*"), never=PURE),
     Row("C library", ("srpcd/libc.py",), (), only=LIGHT),
     Row("ipc", ("srpcd/ipc.py",), LIGHT_WIRE, only=LIGHT),
@@ -65,6 +66,7 @@ ROWS = (
     Row("config", ("srpcd/config.py",), ("srpcd.wire", "srpcd.wire.*"), ("msgspec",)),
     Row("log", ("srpcd/log.py",), (), never=ROOTS),
     Row("keys", ("srpcd/keys.py",), (), ("cryptography",)),
+    Row("records", ("srpcd/records.py",), LIGHT_WIRE, ("OpenSSL",), only=("typing",)),
     Row(
         "monitor, PAM child",
         ("srpcd/monitor/pamchild.py",),
@@ -129,6 +131,7 @@ ROWS = (
             "srpcd.confine",
             "srpcd.alarm",
             "srpcd.config",
+            "srpcd.records",
             "srpcd.wire",
             "srpcd.wire.*",
             "srpcd.session",
@@ -143,7 +146,7 @@ ROWS = (
     Row(
         "client",
         ("srpc_client/*",),
-        ("srpcd.wire", "srpcd.wire.*", "srpcd.alarm", "srpc_client", "srpc_client.*"),
+        ("srpcd.wire", "srpcd.wire.*", "srpcd.alarm", "srpcd.records", "srpc_client", "srpc_client.*"),
         ("OpenSSL", "cryptography", "msgspec", "click", "rich"),
     ),
 )

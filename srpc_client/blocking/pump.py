@@ -123,7 +123,7 @@ class Pump:
                 if sent < len(data):
                     data = memoryview(data)[sent:]
                     break
-                data = self.core.take() if waited else b""
+                data = self.core.take() if self.core.waiting else b""
         except ConnectionLost as fault:
             self.lose(fault)
             return
@@ -133,17 +133,22 @@ class Pump:
 
     def receive(self) -> None:
         """Take what has come in, and hand it to its slots."""
+        core, count = self.core, 0
         try:
-            data = self._link.receive()
+            if core.large:
+                with core.room() as room:
+                    count, data = self._link.receive_into(room)
+                core.filled(count)
+            else:
+                data = self._link.receive()
         except ConnectionLost as fault:
             self.lose(fault)
             return
         if data is None:
             return
-        if not data:
+        if not data and not count:
             self.lose(None)
             return
-        core = self.core
         for slot, reply, error in core.receive(data):
             slot.reply = reply
             slot.error = error

@@ -16,7 +16,7 @@ from select import EPOLLIN, EPOLLOUT, epoll
 from typing import TYPE_CHECKING, Any
 
 from srpc_client import address as addresses
-from srpc_client import requests
+from srpc_client import pipes, requests
 from srpc_client.address import Address, Local
 from srpc_client.blocking.connection import Connection, connect
 from srpc_client.endpoint import EndpointPipe, open_line
@@ -25,7 +25,6 @@ from srpc_client.handling import HIGH_WATER, HandlerCore, Request, begin
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.alarm import Alarm
 from srpcd.wire.errors import ProtocolError
-from srpcd.wire.limits import READ_SIZE
 from srpcd.wire.messages import ListenReply
 
 if TYPE_CHECKING:
@@ -137,19 +136,19 @@ class _Line:
 
     def _readable(self, _events: int) -> None:
         try:
-            data = os.read(self._receive, READ_SIZE)
-            self._requests.extend(self.core.receive(data))
+            requests = pipes.receive(self._receive, self.core)
         except BlockingIOError:
             return
         except ProtocolError as fault:
             _log.warning("a line is closed, because it does not speak as a worker does: %s", fault.message)
-            data = b""
+            requests = None
         except OSError:
-            data = b""
-        if data:
-            self._work()
-        else:
+            requests = None
+        if requests is None:
             self.close()
+        else:
+            self._requests.extend(requests)
+            self._work()
 
     def _work(self) -> None:
         begun = time.monotonic()
@@ -181,7 +180,7 @@ class _Line:
                 if written < len(data):
                     data = memoryview(data)[written:]
                     break
-                data = self.core.take() if waited else b""
+                data = self.core.take() if self.core.waiting else b""
         except BlockingIOError:
             pass
         except OSError:  # EPIPE: the caller's worker is gone

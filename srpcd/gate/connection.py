@@ -38,6 +38,10 @@ LINGER = 2.0
 """Seconds in which a client that broke the protocol may take the error before the connection is ended."""
 
 
+REST = 1.0
+"""Seconds without traffic after which a connection needs no room for large transfers."""
+
+
 class Stage(IntEnum):
     """How far a connection is. CLOSING: the last reply is being sent. LINGERING: until the client hangs up."""
 
@@ -105,10 +109,16 @@ class Connection:
         if self._stage is Stage.OPEN:
             if not self._reading and not self._transport.wants_write:
                 return  # stopped between the event and now
-            data = self._transport.recv()
-            if data:
+            count = 0
+            if self.session.large:
+                with self.session.room() as room:
+                    count, data = self._transport.recv_into(room)
+                self.session.filled(count)
+            else:
+                data = self._transport.recv()
+            if data or count:
                 self._active = self._loop.now
-                self.session.receive(data)
+                self.session.receive(data or b"")
                 self._settle()
             elif data is None:
                 self.update()
@@ -150,9 +160,18 @@ class Connection:
             for link in self.links:
                 link.flush()
         if session.out and self._stage < Stage.LINGERING:
+            self._active = self._loop.now
+            if session.bulky:
+                session.bulky = False
+                now = self._loop.time()
+                for chunk in session.out:
+                    self._backlog.add(chunk, now)
+                session.out.clear()
+                self._backlog.push(self._transport.send, now)
+                self.update()
+                return
             data = b"".join(session.out)
             session.out.clear()
-            self._active = self._loop.now
             sent = 0 if self._backlog.size else self._transport.send(data)
             if sent < len(data):
                 self._backlog.add(memoryview(data)[sent:], self._loop.time())
@@ -204,6 +223,8 @@ class Connection:
             if session.known or session.serving:
                 self._stranger = now
             quiet = not session.busy and not session.serving
+            if now - self._active > REST:
+                self._transport.rest()
             over = (
                 (self._backlog.size > 0 and now - self._backlog.since > limits.stall)
                 or now - self._stranger > limits.authentication_timeout
@@ -338,7 +359,7 @@ class Connection:
     def _wait(self, route: Route, forward: Forward) -> None:
         """The worker is gone: ask for another one, once, and go on with that."""
         route.waiting.append(forward)
-        self._waiting += len(forward.body)
+        self._waiting += forward.size
         self.update()
         if not route.resuming:
             route.resuming = True
@@ -353,7 +374,7 @@ class Connection:
     def _unwait(self, route: Route) -> list[Forward]:
         """What waits on a route, which waits no more."""
         waiting, route.waiting = route.waiting, []
-        self._waiting -= sum(len(forward.body) for forward in waiting)
+        self._waiting -= sum(forward.size for forward in waiting)
         route.resuming = False
         route.attempts = 0
         self.update()
@@ -381,7 +402,7 @@ class Connection:
             return
         route = self._routes[forward.session]
         route.waiting.remove(forward)
-        self._waiting -= len(forward.body)
+        self._waiting -= forward.size
         self.session.failed(forward, ECANCELED)
 
     def _tell(self, message: ipc.Message) -> None:

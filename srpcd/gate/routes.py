@@ -80,10 +80,16 @@ class Link:
         if kind in _CALLS:
             body = forward.body
             size = ipc.CALL_HEAD.size + len(path) + len(body)
+            payload = forward.payload
+            if payload:
+                size += len(payload)
             head = CALL_PREFIX.pack(ipc.CALL, tag, size, connection.number, place.dev, place.ino, len(path)) + path
             self._out += (head, body)
             self._out_size += HEADER.size + size
             forward.body = b""  # the worker's now
+            if payload:
+                self._out.append(payload)
+                forward.payload = b""
         elif kind == STAT:
             after = forward.body
             head = ipc.STAT_HEAD.pack(place.dev, place.ino, forward.limit, len(after))
@@ -191,10 +197,17 @@ class Link:
     def _readable(self) -> bool:
         """Take what has come. Returns whether there may be more."""
         try:
-            data = os.read(self._read, READ_SIZE)
+            if self._reader.large:
+                with self._reader.room() as room:
+                    count = os.readv(self._read, [room])
+                self._reader.filled(count)
+                data = b""
+            else:
+                data = os.read(self._read, READ_SIZE)
+                count = len(data)
         except BlockingIOError:
             return False
-        if not data:
+        if not count:
             self.die()
             return False
         pending = self._pending

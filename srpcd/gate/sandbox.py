@@ -35,6 +35,7 @@ PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, MREMAP_MAYMOVE = 0b11, 0x22, 1
 
 ALLOWED: tuple[tuple[str, dict[int, int]], ...] = (
     ("read", {}),
+    ("readv", {}),  # the same, for what is large: straight to where it belongs
     ("write", {}),
     ("epoll_wait", {}),
     ("epoll_pwait", {}),  # the same where there is no epoll_wait (arm64)

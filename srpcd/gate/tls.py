@@ -14,16 +14,17 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 
-from srpcd.wire.limits import READ_SIZE
+from srpcd.records import RECORD, Records
+from srpcd.wire.limits import LARGE, READ_SIZE
 
 ALPN = b"srpc/1"
 """The protocol's name and version (RFC 7301)."""
 
-RECORD = 16384
-"""Bytes of plaintext in one TLS record at most (RFC 8446, section 5.1)."""
-
 SO_PASSRIGHTS = 83
 """Linux 6.16: whether a Unix socket takes descriptors in. Closing one that a client laid out for us could hang."""
+
+
+_NO_ROOM = memoryview(b"")
 
 
 class TransportError(Exception):
@@ -55,6 +56,15 @@ class Plain:
         except OSError as fault:
             raise TransportError(str(fault)) from None
 
+    def recv_into(self, room: memoryview) -> tuple[int, bytes | None]:
+        """As `recv`, straight to where it belongs. Returns how many bytes, and what came after them."""
+        try:
+            return self.sock.recv_into(room), b""
+        except (BlockingIOError, InterruptedError):
+            return 0, None
+        except OSError as fault:
+            raise TransportError(str(fault)) from None
+
     def send(self, data: bytes | memoryview) -> int:
         """Send what goes without waiting. Returns how many bytes. Raises TransportError."""
         try:
@@ -63,6 +73,9 @@ class Plain:
             return 0
         except OSError as fault:
             raise TransportError(str(fault)) from None
+
+    def rest(self) -> None:
+        """Nothing large has passed for a while: let go of what is kept for that."""
 
     def finish(self) -> None:
         """Say that nothing more will be sent."""
@@ -107,6 +120,7 @@ class Tls(Plain):
         self._tls = SSL.Connection(context, sock)
         self._ssl = self._tls._ssl
         self._tls.set_accept_state()
+        self._records = Records(self._tls, sock)
 
     def handshake(self) -> bool:
         if not self._ready:
@@ -129,6 +143,8 @@ class Tls(Plain):
     def recv(self) -> bytes | None:
         # One read gives one record. A full one is rarely the last: only then it is worth asking again, because finding
         # nothing there costs a system call and an exception.
+        if self._records.active:
+            return self.recv_into(_NO_ROOM)[1]
         self.wants_write = False
         data = b""
         try:
@@ -160,9 +176,19 @@ class Tls(Plain):
             self._tls._raise_ssl_error(self._ssl, size)
         return size
 
+    def recv_into(self, room: memoryview) -> tuple[int, bytes | None]:
+        try:
+            return self._records.receive(room)
+        except (SSL.Error, OSError) as fault:
+            raise TransportError(f"read: {fault!r}") from None
+        finally:
+            self.wants_write = self._records.owes
+
     def send(self, data: bytes | memoryview) -> int:
         sent, size = 0, len(data)
         try:
+            if size >= LARGE or self._records.active:
+                return self._records.send(data)
             sent = self._put(data)
             if sent < size:
                 rest = memoryview(data)
@@ -170,9 +196,12 @@ class Tls(Plain):
                     sent += self._put(rest[sent:])
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
-        except SSL.Error as fault:
+        except (SSL.Error, OSError) as fault:
             raise TransportError(f"write: {fault!r}") from None
         return sent
+
+    def rest(self) -> None:
+        self._records.rest()
 
     def finish(self) -> None:
         self._close_notify()
@@ -188,7 +217,8 @@ class Tls(Plain):
             self._ready = False
             try:
                 self._tls.shutdown()
-            except SSL.Error:
+                self._records.flush()
+            except (SSL.Error, OSError):
                 pass
 
 

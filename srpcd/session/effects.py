@@ -94,12 +94,13 @@ class Forward(Effect):
 
     kind: type of the client's request. ATTACH and WALK: walk to `place.path`, result `walked`. STAT: of `place`, `body`
     the name after which to go on, `limit` how many; result `stated`. CALL and APPEND: of `place`, `body` what follows
-    the fid in a call's body; result `called`. Any of them: `failed`, `handler_failed`.
+    the fid in a call's body, and `payload` the end of that where it is LARGE; result `called`. Any of them: `failed`,
+    `handler_failed`.
     number: the fid that is reserved for the result of a walk. flushes: seqs of flushes that wait for the answer.
     carrier, ticket: for the runner, who notes here to whom and under which number it passed the request on.
     """
 
-    __slots__ = ("body", "carrier", "flushes", "kind", "limit", "number", "place", "seq", "session", "ticket")
+    __slots__ = ("body", "carrier", "flushes", "kind", "limit", "number", "payload", "place", "seq", "session", "ticket")
 
     def __init__(self, kind: int, seq: int, place: Fid, body: bytes = b"", *, limit: int = 0, number: int = 0) -> None:
         self.kind = kind
@@ -107,11 +108,17 @@ class Forward(Effect):
         self.place = place
         self.session = place.attachment.session
         self.body = body
+        self.payload = b""
         self.limit = limit
         self.number = number
         self.flushes: list[int] | None = None
         self.carrier: Any = None
         self.ticket = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of body and payload."""
+        return len(self.body) + len(self.payload)
 
     def __repr__(self) -> str:
         return f"Forward(kind={self.kind}, seq={self.seq}, session={self.session})"  # never the payload

@@ -28,7 +28,7 @@ class Replies:
     __slots__ = ("_asked", "_last", "effects", "out", "outstanding")
 
     def __init__(self) -> None:
-        self.out: list[bytes] = []
+        self.out: list[bytes | memoryview] = []
         self.effects: list[Effect] = []
         self.outstanding: dict[int, Forward | Request] = {}
         self._asked: dict[int, Request] = {}

@@ -20,8 +20,8 @@ from srpcd.session.replies import Replies, Request
 from srpcd.session.rules import LIMITS, RULES, State, refusals
 from srpcd.wire import frames, messages
 from srpcd.wire.errors import ProtocolError, RequestError
-from srpcd.wire.frames import CALL, CALL_REPLY, HEADER, METADATA_LENGTH, FrameReader, frame
-from srpcd.wire.limits import METADATA_MAX, NAME_MAX, OUTSTANDING_MAX, PATH_MAX, PAYLOAD_MAX, STAT_REPLY_MAX
+from srpcd.wire.frames import CALL, CALL_REPLY, HEADER, METADATA_LENGTH, FrameReader, apart, call_head, frame
+from srpcd.wire.limits import LARGE, METADATA_MAX, NAME_MAX, OUTSTANDING_MAX, PATH_MAX, PAYLOAD_MAX, STAT_REPLY_MAX
 
 SESSIONS_KEPT = 256
 """Sessions of one connection after which those are looked for that no fid belongs to any more."""
@@ -33,6 +33,7 @@ class Session:
     local: whether it came in on the local listener. tree: path of the tree's root, told on the local listener only.
     outstanding: requests at most that are not answered.
     out: frames for the peer, in order. effects: what is to be done, in order. Whoever calls empties both.
+    bulky: in `out` is something that is better not copied. Whoever calls takes that back, too.
     closed: nothing more is read or answered.
     """
 
@@ -40,12 +41,13 @@ class Session:
         self._replies = Replies()
         self.out = self._replies.out
         self.effects = self._replies.effects
+        self.bulky = False
         self.closed = False
         self._local = local
         self._tree = tree
         self._limit = outstanding
         self._state = State.STRANGER
-        self._reader = FrameReader(LIMITS[State.STRANGER])
+        self._reader = FrameReader(LIMITS[State.STRANGER], call_head)
         self._refused = refusals(State.STRANGER, local)
         self._outstanding = self._replies.outstanding
         self._fids = FidTable()
@@ -60,6 +62,19 @@ class Session:
     def known(self) -> bool:
         """Whether somebody has authenticated on the connection."""
         return self._reader.limits is LIMITS[State.KNOWN]
+
+    @property
+    def large(self) -> int:
+        """Bytes that are still to come of a large request that has begun; else 0."""
+        return self._reader.large
+
+    def room(self) -> memoryview:
+        """Where the next of them belong. To be released, and `filled` told, before `receive`."""
+        return self._reader.room()
+
+    def filled(self, count: int) -> None:
+        """So many bytes were put into `room`. `receive` follows, with what came after them."""
+        self._reader.filled(count)
 
     @property
     def busy(self) -> bool:
@@ -81,13 +96,16 @@ class Session:
         """Take what the peer sent."""
         if self.closed:
             return
-        outstanding, entries = self._outstanding, self._fids.entries
+        outstanding, entries, reader = self._outstanding, self._fids.entries, self._reader
         try:
-            for kind, seq, body in self._reader.feed(data):
+            for kind, seq, body in reader.feed(data):
                 if seq in outstanding:
                     raise ProtocolError(EPROTO, f"seq {seq} is still outstanding", seq)
                 if kind == CALL:
-                    number, rest = messages.split_call(body, seq)
+                    payload = reader.payload
+                    number, rest = (
+                        messages.split_call(body, seq, len(payload)) if payload else messages.split_call(body, seq)
+                    )
                     place = entries.get(number)
                     if (
                         place.__class__ is Fid
@@ -97,6 +115,8 @@ class Session:
                         and len(outstanding) < self._limit
                     ):
                         forward = outstanding[seq] = Forward(CALL, seq, place, rest)
+                        if payload:
+                            forward.payload = payload
                         self.effects.append(forward)
                         continue
                 self._request(kind, seq, body)
@@ -214,7 +234,11 @@ class Session:
         elif forward.kind == CALL:
             if forward.flushes is None:
                 del self._outstanding[seq]
-                self.out += (HEADER.pack(CALL_REPLY, seq, len(body)), body)
+                if len(body) < LARGE:
+                    self.out += (HEADER.pack(CALL_REPLY, seq, len(body)), body)
+                else:
+                    self.out += apart(HEADER.pack(CALL_REPLY, seq, len(body)), body)
+                    self.bulky = True
             else:
                 self._replies.finish(forward, frame(CALL_REPLY, seq, body))
         else:

@@ -5,14 +5,15 @@ The same frames go over TLS, over the local socket, over lines and over a reside
 """
 
 from errno import EMSGSIZE, EPROTO
+from io import SEEK_CUR, BytesIO
 from struct import Struct
 
 from srpcd.wire.errors import ProtocolError
-from srpcd.wire.limits import APPEND_MAX, CALL_MAX, JSON_MAX, PAYLOAD_MAX, STAT_REPLY_MAX, STRANGER_MAX
+from srpcd.wire.limits import APPEND_MAX, CALL_MAX, JSON_MAX, LARGE, METADATA_MAX, PAYLOAD_MAX, STAT_REPLY_MAX, STRANGER_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 HEADER = Struct("!iQQ")
 _header_at = HEADER.unpack_from
@@ -22,6 +23,9 @@ METADATA_LENGTH = Struct("!I")
 """Head of a call's reply: metadata length."""
 SEQ = Struct("!Q")
 """Body of a flush: the seq to cancel."""
+
+_AHEAD = 32
+"""How many times as much room is made for a large frame as has come of it."""
 
 PIPE_BUF = 4096
 """Bytes that a pipe takes as one, on Linux."""
@@ -122,34 +126,98 @@ def caller_frame(uid: int, gid: int, groups: "tuple[int, ...]", user: str, conte
     return frame(CALLER, 0, body)
 
 
+def call_head(kind: int, beginning: bytes) -> int:
+    """Bytes of a call's body before its payload; 0 where `beginning` does not tell. For `FrameReader`."""
+    if kind != CALL or len(beginning) < CALL_HEAD.size:
+        return 0
+    metadata: int = CALL_HEAD.unpack_from(beginning)[1]
+    size = CALL_HEAD.size + metadata
+    return size if metadata <= METADATA_MAX and size <= len(beginning) else 0
+
+
+def reply_head(kind: int, beginning: bytes) -> int:
+    """Bytes of a call reply's body before its payload; 0 where `beginning` does not tell. For `FrameReader`."""
+    if kind != CALL_REPLY or len(beginning) < METADATA_LENGTH.size:
+        return 0
+    metadata: int = METADATA_LENGTH.unpack_from(beginning)[0]
+    size = METADATA_LENGTH.size + metadata
+    return size if metadata <= METADATA_MAX and size <= len(beginning) else 0
+
+
+def take(out: "list[bytes | memoryview]") -> "bytes | memoryview":
+    """What of `out` is to be written next, taken from its front: what is small joined, what is LARGE alone, uncopied."""
+    count = 0
+    for part in out:
+        if len(part) >= LARGE:
+            break
+        count += 1
+    data = b"".join(out[:count]) if count else out[0]
+    del out[: count or 1]
+    return data
+
+
+def apart(head: bytes, payload: bytes) -> "tuple[bytes | memoryview, ...]":
+    """A frame in pieces to be sent one after the other: with something LARGE to begin with, and the rest not copied."""
+    if len(payload) < 2 * LARGE:
+        return (head + payload,)
+    return head + payload[:LARGE], memoryview(payload)[LARGE:]
+
+
 class FrameReader:
     """Cuts a stream of bytes into frames.
 
     limits: type to the largest body allowed, as `REQUESTS`; may be replaced between two calls of `feed`.
+    head: tells from type and beginning of a body how much of it stands before the payload (0: not to be told). Of a body
+    that is LARGE the two are then given out apart, so that nobody has to copy the payload to have it alone.
+    large: bytes that are missing of a body that is being collected, where these were LARGE. They may be read straight into
+    `room`, or fed as any others.
+    payload: of the frame that was yielded last, where that is apart from its body; else empty.
     """
 
-    __slots__ = ("_missing", "_pending", "limits")
+    __slots__ = ("_begun", "_collected", "_head", "_missing", "_pending", "_room", "large", "limits", "payload")
 
-    def __init__(self, limits: "Mapping[int, int]") -> None:
+    def __init__(self, limits: "Mapping[int, int]", head: "Callable[[int, bytes], int] | None" = None) -> None:
         self.limits = limits
+        self.large = 0
+        self.payload = b""
+        self._head = head
         self._pending = bytearray()  # the beginning of a frame whose rest has not come yet
         self._missing = 0  # bytes after which `_pending` is worth another look
+        self._begun: "tuple[int, int, bytes] | None" = None  # type, seq and head of the large frame that is being collected
+        self._collected = BytesIO()  # its `getvalue` gives what was written without another copy
+        self._room = 0  # bytes that it was made for so far
 
     def feed(self, data: bytes) -> "Iterator[tuple[int, int, bytes]]":
         """Each frame that `data` completes, as (type, seq, body). To be consumed to its end.
 
-        Raises ProtocolError (EPROTO: unknown type; EMSGSIZE: too long) at the place in the stream where it is; nothing
-        may be fed after that.
+        Raises ProtocolError (EPROTO: unknown type; EMSGSIZE: too long) at the place in
+        the stream where it is; nothing may be fed after that.
         """
         rest = len(data) - 20
-        if rest >= 0 and not self._missing:
+        if rest >= 0 and not self._missing and self._begun is None:
             kind, seq, length = _header_at(data)
             if rest == length <= self.limits.get(kind, -1):  # one frame and no more: a lone call
                 return iter(((kind, seq, data[20:]),))
         return self._frames(data)
 
     def _frames(self, data: bytes) -> "Iterator[tuple[int, int, bytes]]":
-        if self._missing:
+        if self._begun is not None:
+            size = self.large
+            self._keep(data if len(data) <= size else data[:size])
+            if self.large:
+                return
+            kind, seq, head = self._begun
+            body = self._collected.getvalue()
+            self._begun = None
+            self._collected = BytesIO()
+            if head:
+                self.payload = body
+                yield kind, seq, head
+                self.payload = b""
+            else:
+                yield kind, seq, body
+            data = data[size:]
+        elif self._missing:
             self._pending += data
             self._missing -= len(data)
             if self._missing > 0:
@@ -167,6 +235,9 @@ class FrameReader:
                 raise ProtocolError(EMSGSIZE, f"a body of {length} bytes: at most {limit} for message type {kind}", seq)
             stop = offset + 20 + length
             if stop > end:
+                if stop - end >= LARGE:
+                    self._begin(kind, seq, data[offset + 20 :], stop - end)
+                    return
                 self._missing = stop - end
                 break
             yield kind, seq, data[offset + 20 : stop]
@@ -177,7 +248,57 @@ class FrameReader:
             self._missing = 20 - (end - offset)
         self._pending += data[offset:] if offset else data
 
+    def divert(self) -> "tuple[int, bytes, bytes, int] | None":
+        """Have the frame that is being collected to oneself, and go on behind its end, once that was read elsewhere.
+
+        Returns its seq, its head, what has come of its payload, and how much has not; None where the head is not known: then
+        it is collected here.
+        """
+        if self._begun is None or not self._begun[2]:
+            return None
+        _kind, seq, head = self._begun
+        self._begun = None
+        missing, self.large = self.large, 0
+        beginning = self._collected.getvalue()[: self._collected.tell()]
+        self._collected = BytesIO()
+        return seq, head, beginning, missing
+
     @property
     def partial(self) -> bool:
         """Whether the beginning of a frame is waiting for its rest."""
-        return self._missing > 0
+        return self._missing > 0 or self._begun is not None
+
+    def _begin(self, kind: int, seq: int, beginning: bytes, missing: int) -> None:
+        """Collect a large frame's body. beginning: what has come of it."""
+        size = self._head(kind, beginning) if self._head is not None else 0
+        self._begun = (kind, seq, beginning[:size])
+        self.large = missing + len(beginning) - size
+        self._room = 0
+        self._keep(beginning[size:] if size else beginning)
+
+    def room(self) -> memoryview:
+        """Where the next bytes of the large frame belong, or some of them. To be released before anything else is done."""
+        collected = self._collected
+        filled = collected.tell()
+        if filled == self._room:
+            # For all of it at once, which spares it being moved again and again; but only in proportion to what has come, or
+            # a header alone would cost us 16 MiB.
+            self._room = min(max(filled * _AHEAD, LARGE), filled + self.large)
+            collected.seek(self._room - 1)
+            collected.write(b"\0")
+            collected.seek(filled)
+        return collected.getbuffer()[filled : self._room]
+
+    def filled(self, count: int) -> None:
+        """So many bytes were put into `room`. `feed` follows, with what came after them, and yields what they complete."""
+        self._collected.seek(count, SEEK_CUR)
+        self.large -= count
+
+    def _keep(self, data: bytes) -> None:
+        """Add to what is collected of a large frame."""
+        while data:
+            with self.room() as room:
+                size = min(len(room), len(data))
+                room[:size] = data[:size]
+            self.filled(size)
+            data = data[size:]

@@ -118,3 +118,14 @@ collect memory. One more is answered EAGAIN."""
 READ_SIZE = 64 * KIB
 """Bytes asked for in one read: a pipe's capacity. Larger buffers are mapped and unmapped at every read (measured: 25 %
 of all calls/s)."""
+
+LARGE = 64 * KIB
+"""Bytes of a frame that are still to come, from which on they are collected in one place, asked for with larger reads, and
+not copied from one end of a hop to the other: below, joining and cutting is cheaper than the care."""
+
+PORTION = 256 * KIB
+"""Bytes that are read, encrypted or decrypted at once of something large: few enough to be still in the processor's cache
+when they are copied to where they belong, and for the next process to begin meanwhile."""
+
+PIPE_MAX = MIB
+"""Bytes that a pipe may be made to hold (pipe-max-size; more is root's right)."""

@@ -236,9 +236,10 @@ def error_frame(seq: int, errno: int, message: str = "") -> bytes:
     return frames.frame(frames.ERROR, seq, error_body(errno, message))
 
 
-def split_call(body: bytes, seq: int = 0) -> tuple[int, bytes]:
+def split_call(body: bytes, seq: int = 0, apart: int = 0) -> tuple[int, bytes]:
     """(fid, what follows it verbatim: metadata length, metadata, payload) of a call's body.
 
+    apart: bytes of the payload where that is not in the body (`FrameReader.payload`).
     Raises ProtocolError: EBADMSG where the lengths do not fit, EMSGSIZE for too much metadata.
     """
     rest = len(body) - 12
@@ -249,7 +250,7 @@ def split_call(body: bytes, seq: int = 0) -> tuple[int, bytes]:
         raise ProtocolError(EMSGSIZE, f"call: {metadata} bytes of metadata, at most {METADATA_MAX} are allowed", seq)
     if metadata > rest:
         raise ProtocolError(EBADMSG, f"call: {metadata} bytes of metadata announced, fewer are there", seq)
-    if rest - metadata > PAYLOAD_MAX:
+    if rest - metadata + apart > PAYLOAD_MAX:
         raise ProtocolError(EMSGSIZE, f"call: a payload of over {PAYLOAD_MAX} bytes", seq)
     return fid, body[8:]
 

@@ -11,7 +11,7 @@ from srpcd.wire.limits import METADATA_MAX, PAYLOAD_MAX
 
 
 def sent(core: ClientCore[str]) -> list[tuple[int, int, bytes]]:
-    return list(frames.FrameReader(frames.REQUESTS).feed(core.take()))
+    return list(frames.FrameReader(frames.REQUESTS).feed(bytes(core.take())))
 
 
 def reply(kind: int, seq: int, message: messages.Message) -> bytes:

@@ -484,6 +484,7 @@ async def test_calls_of_one_turn_of_the_loop_go_out_together(remote: FakeDaemon)
         class Counted:
             fd = link.fd
             receive = staticmethod(link.receive)
+            receive_into = staticmethod(link.receive_into)
             close = staticmethod(link.close)
 
             def send(self, data: bytes | memoryview) -> int:
@@ -691,6 +692,7 @@ def test_one_call_is_one_write_and_one_read(make_remote: MakeRemote) -> None:
 
         class Counted:
             fd = link.fd
+            receive_into = staticmethod(link.receive_into)
             close = staticmethod(link.close)
 
             def send(self, data: bytes | memoryview) -> int:

@@ -30,7 +30,7 @@ def flush(seq: int) -> bytes:
 
 
 def written(core: HandlerCore) -> list[tuple[int, int, bytes]]:
-    return list(frames.FrameReader(frames.LINE_REPLIES).feed(core.take()))
+    return list(frames.FrameReader(frames.LINE_REPLIES).feed(bytes(core.take())))
 
 
 @pytest.fixture

@@ -113,6 +113,30 @@ def test_a_program_answers_and_ends_with_its_input(start: Callable[[str], Progra
     assert program.finish() == (0, "")
 
 
+ECHO = """
+def handler(request):
+    return request.payload
+"""
+
+SLOW_ECHO = """
+import asyncio
+async def handler(request):
+    await asyncio.sleep(0)
+    return request.payload
+"""
+
+
+@pytest.mark.parametrize("code", [ECHO, SLOW_ECHO], ids=["synchronous", "asynchronous"])
+def test_large_payloads_and_small_ones_come_back(start: Callable[[str], Program], code: str) -> None:
+    program = start(code)
+    payload = bytes(range(251)) * 40_000
+    program.write(ALICE)
+    for seq in range(1, 7, 2):
+        program.write(call(seq, payload) + call(seq + 1, b"small"))
+        assert program.reply(seq) == payload
+        assert program.reply(seq + 1) == b"small"
+
+
 def test_a_handler_knows_its_caller(start: Callable[[str], Program]) -> None:
     program = start(
         "def handler(request):\n    return f'{request.caller.user} {request.caller.uid} {request.caller.endpoint}'.encode()"

@@ -139,3 +139,59 @@ def test_a_flushed_walk_frees_its_fid(peer: Peer) -> None:
     peer.session.failed(forward, ECANCELED)
     assert peer.replies() == [(ERROR, walk, ECANCELED), (FLUSH_REPLY, flush, None)]
     peer.walk("x", 9)
+
+
+# --- large payloads ----------------------------------------------------------------------------------------------------
+
+BIG = bytes(range(256)) * 1024
+
+
+@pytest.mark.parametrize("into_room", [False, True])
+def test_a_large_call_is_forwarded_with_its_payload_apart(peer: Peer, into_room: bool) -> None:
+    data = frames.frame(CALL, 50, messages.call_body(3, BIG, b'{"a":1}')) + frames.frame(frames.PING, 51)
+    begun = 100
+    peer.session.receive(data[:begun])
+    assert peer.session.large == len(BIG) + 12 + 7 - (begun - 20)
+    assert peer.session.effects == []
+    if into_room:
+        while peer.session.large:
+            with peer.session.room() as room:
+                count = len(room)
+                room[:] = data[begun : begun + count]
+            peer.session.filled(count)
+            begun += count
+            peer.session.receive(b"" if peer.session.large else data[begun:])
+    else:
+        peer.session.receive(data[begun:])
+    forward = peer.effect(Forward)
+    assert (forward.kind, forward.seq, forward.payload) == (CALL, 50, BIG)
+    assert messages.split_call_reply(forward.body) == (b"", b'{"a":1}')
+    assert forward.size == len(BIG) + 4 + 7
+    assert [(kind, seq) for kind, seq, _ in peer.replies()] == [(frames.PING_REPLY, 51)]
+
+
+def test_a_large_call_of_no_fid_is_refused_and_the_next_one_goes_through(peer: Peer) -> None:
+    data = frames.frame(CALL, 50, messages.call_body(77, BIG))
+    peer.session.receive(data[:100])
+    peer.session.receive(data[100:])
+    assert peer.replies() == [(ERROR, 50, EBADF)]
+    assert peer.call().payload == b""
+
+
+def test_a_payload_that_is_too_large_ends_the_connection_though_it_came_apart(peer: Peer) -> None:
+    data = frames.frame(CALL, 50, messages.call_body(3, bytes(limits.PAYLOAD_MAX + 1)))
+    peer.session.receive(data[:100])
+    peer.session.receive(data[100:])
+    assert peer.replies() == [(ERROR, 50, EMSGSIZE)]
+    peer.effect(effects.Close)
+    assert peer.session.closed
+
+
+def test_a_large_answer_is_passed_on_without_a_copy(peer: Peer) -> None:
+    forward = peer.call(seq=60)
+    reply = messages.call_reply_body(BIG, b"{}")
+    peer.session.called(forward, reply)
+    *_, last = peer.session.out
+    assert isinstance(last, memoryview)
+    assert last.obj is reply
+    assert peer.replies() == [(CALL_REPLY, 60, reply)]

@@ -1,5 +1,6 @@
 """Frames: what comes out is what went in, however it is cut, and no length is believed."""
 
+from collections.abc import Callable
 from errno import EMSGSIZE, EPROTO
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from srpcd.wire.errors import ProtocolError
 from srpcd.wire.frames import CALL, FLUSH, HEADER, PING, REQUESTS, STRANGER_REQUESTS, WALK, FrameReader, frame
 
 Frame = tuple[int, int, bytes]
+Tell = Callable[[int, bytes], int]
 
 VALID: list[list[Frame]] = [
     [],
@@ -128,6 +130,162 @@ def test_any_bytes_are_parsed_or_raise_protocol_error_and_nothing_else(pieces: l
                 assert 0 <= seq < 2**64
     except ProtocolError:
         pass
+
+
+# --- large frames ------------------------------------------------------------------------------------------------------
+
+BIG = bytes(range(256)) * 1200
+"""A payload of 300 KB that is nowhere like itself a little further on."""
+
+
+def large_frames(metadata: bytes = b"") -> list[tuple[Frame, bytes]]:
+    """Some frames as a reader that tells heads gives them out, the large ones in two: (frame, payload)."""
+    head = frames.CALL_HEAD.pack(7, len(metadata)) + metadata
+    return [
+        ((CALL, 1, head + b"small"), b""),
+        ((CALL, 2, head), BIG),
+        ((PING, 3, b""), b""),
+        ((CALL, 4, head), BIG[::-1]),
+        ((CALL, 5, head + bytes(100)), b""),
+    ]
+
+
+def stream_of(wanted: list[tuple[Frame, bytes]]) -> bytes:
+    return b"".join(frame(kind, seq, body + payload) for (kind, seq, body), payload in wanted)
+
+
+def read_apart(reader: FrameReader, pieces: list[bytes], into_room: bool) -> list[tuple[Frame, bytes]]:
+    """What a reader gives. into_room: let large frames be filled in place, as far as their room goes."""
+    found = []
+    for piece in pieces:
+        rest = piece
+        while True:
+            if into_room and reader.large and rest:
+                with reader.room() as room:
+                    count = min(len(room), len(rest))
+                    room[:count] = rest[:count]
+                reader.filled(count)
+                rest = rest[count:]
+                fed = rest if not reader.large else b""
+            else:
+                fed = rest
+            for kind, seq, body in reader.feed(fed):
+                found.append(((kind, seq, body), reader.payload))
+            if not (into_room and reader.large and rest and fed is not rest):
+                break
+    return found
+
+
+@pytest.mark.parametrize("into_room", [False, True])
+@pytest.mark.parametrize("metadata", [b"", b'{"a":1}', b"m" * limits.METADATA_MAX])
+@pytest.mark.parametrize("step", [1009, 4096, 65536, 65557, 262144, 10**7])
+def test_a_large_payload_is_given_out_apart_however_it_is_cut(step: int, metadata: bytes, into_room: bool) -> None:
+    wanted = large_frames(metadata)
+    stream = stream_of(wanted)
+    reader = FrameReader(REQUESTS, frames.call_head)
+    found = read_apart(reader, [stream[at : at + step] for at in range(0, len(stream), step)], into_room)
+    # Where the head, or more, came before it was seen that the frame is large, it may come whole: then nothing is apart.
+    assert [(kind, seq, body + payload) for (kind, seq, body), payload in found] == [
+        (kind, seq, body + payload) for (kind, seq, body), payload in wanted
+    ]
+    for ((_, _, body), payload), ((_, _, head), rest) in zip(found, wanted, strict=True):
+        assert (body, payload) in ((head, rest), (head + rest, b""))
+    assert not reader.partial
+
+
+@pytest.mark.parametrize("cut", [1, 19, 20, 21, 31, 32, 33, 39, 40, 1000, 20 + 12 + 7 + len(BIG) - limits.LARGE, 300_000])
+@pytest.mark.parametrize("into_room", [False, True])
+def test_a_large_frame_may_be_cut_at_any_place(cut: int, into_room: bool) -> None:
+    body = frames.CALL_HEAD.pack(7, 7) + b"metadat" + BIG
+    stream = frame(CALL, 9, body) + frame(PING, 10)
+    for head in (None, frames.call_head):
+        reader = FrameReader(REQUESTS, head)
+        found = read_apart(reader, [stream[:cut], stream[cut:]], into_room)
+        assert [(kind, seq, body + payload) for (kind, seq, body), payload in found] == [(CALL, 9, body), (PING, 10, b"")]
+        if head and cut >= 39 and cut <= 20 + 12 + 7 + len(BIG) - limits.LARGE:
+            assert found[0] == ((CALL, 9, body[:19]), BIG)
+
+
+def test_the_head_of_a_reply_is_told_too() -> None:
+    body = frames.METADATA_LENGTH.pack(2) + b"{}" + BIG
+    reader = FrameReader(frames.REPLIES, frames.reply_head)
+    assert list(reader.feed(frame(frames.CALL_REPLY, 1, body)[:100])) == []
+    ((kind, seq, head),) = reader.feed(frame(frames.CALL_REPLY, 1, body)[100:])
+    assert (kind, seq, head) == (frames.CALL_REPLY, 1, body[:6])
+    # The payload is there while the frame is looked at, and not behind it.
+    assert reader.payload == b""
+
+
+@pytest.mark.parametrize(
+    ("tell", "kind", "beginning", "size"),
+    [
+        (frames.call_head, CALL, frames.CALL_HEAD.pack(1, 0), 12),
+        (frames.call_head, CALL, frames.CALL_HEAD.pack(1, 3) + b"abc", 15),
+        (frames.call_head, CALL, frames.CALL_HEAD.pack(1, 3) + b"ab", 0),
+        (frames.call_head, CALL, frames.CALL_HEAD.pack(1, 0)[:-1], 0),
+        (frames.call_head, CALL, frames.CALL_HEAD.pack(1, limits.METADATA_MAX + 1) + bytes(10**5), 0),
+        (frames.call_head, frames.APPEND, frames.CALL_HEAD.pack(1, 0), 0),
+        (frames.reply_head, frames.CALL_REPLY, frames.METADATA_LENGTH.pack(0), 4),
+        (frames.reply_head, frames.CALL_REPLY, frames.METADATA_LENGTH.pack(3) + b"abc", 7),
+        (frames.reply_head, frames.CALL_REPLY, frames.METADATA_LENGTH.pack(3) + b"ab", 0),
+        (frames.reply_head, frames.CALL_REPLY, b"abc", 0),
+        (frames.reply_head, frames.CALL_REPLY, frames.METADATA_LENGTH.pack(limits.METADATA_MAX + 1) + bytes(10**5), 0),
+        (frames.reply_head, frames.STAT_REPLY, frames.METADATA_LENGTH.pack(0), 0),
+    ],
+)
+def test_a_head_is_told_from_the_beginning_or_not_at_all(tell: Tell, kind: int, beginning: bytes, size: int) -> None:
+    assert tell(kind, beginning) == size
+
+
+def test_a_header_alone_makes_no_room_for_what_it_announces() -> None:
+    reader = FrameReader(REQUESTS, frames.call_head)
+    list(reader.feed(HEADER.pack(CALL, 1, limits.CALL_MAX)))
+    assert reader.large == limits.CALL_MAX
+    total = 0
+    while reader.large:
+        with reader.room() as room:
+            assert len(room) <= max(limits.LARGE, 32 * total)
+            count = len(room)
+        reader.filled(count)
+        total += count
+    ((_, _, body),) = reader.feed(b"")
+    assert len(body) == limits.CALL_MAX
+
+
+def test_a_large_frame_can_be_had_to_oneself() -> None:
+    body = frames.CALL_HEAD.pack(7, 2) + b"{}" + BIG
+    reader = FrameReader(REQUESTS, frames.call_head)
+    assert reader.divert() is None
+    assert list(reader.feed(frame(CALL, 9, body)[:50])) == []
+    assert reader.divert() == (9, body[:14], BIG[:16], len(BIG) - 16)
+    assert not reader.partial
+    # Its rest is read elsewhere; the next frame begins behind it.
+    assert list(reader.feed(frame(PING, 10))) == [(PING, 10, b"")]
+    # A head that is not there yet can't be told: the frame is collected here.
+    assert list(reader.feed(frame(CALL, 11, body)[:25])) == []
+    assert reader.divert() is None
+    assert list(reader.feed(frame(CALL, 11, body)[25:])) == [(CALL, 11, body)]
+
+
+def test_what_is_large_is_sent_alone_and_uncopied_and_the_rest_together() -> None:
+    big = bytes(limits.LARGE)
+    view = memoryview(big)
+    out: list[bytes | memoryview] = [b"a", b"b", big, view, b"c", b"d"]
+    taken = [frames.take(out) for _ in range(4)]
+    assert taken == [b"ab", big, view, b"cd"]
+    assert taken[1] is big
+    assert taken[2] is view
+    assert out == []
+
+
+def test_a_large_frame_goes_out_in_pieces_that_make_the_whole() -> None:
+    head, payload = b"head", BIG
+    first, rest = frames.apart(head, payload)
+    assert len(first) >= limits.LARGE
+    assert isinstance(rest, memoryview)
+    assert rest.obj is payload
+    assert b"".join((first, rest)) == head + payload
+    assert frames.apart(head, bytes(2 * limits.LARGE - 1)) == (head + bytes(2 * limits.LARGE - 1),)
 
 
 CALLERS = [
