@@ -15,6 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from srpcd.worker.parcel import Parcel
+
     class Custodian(Protocol):
         """Who has a call now: an endpoint where it waits, a line, a running program."""
 
@@ -49,12 +51,14 @@ class Link:
 class Call:
     """One call. body: metadata length, metadata, payload; emptied when the handler has it. arrived: monotonic seconds.
 
+    parcel: the payload where it is large, and then not in the body; likewise.
     custodian: who has it. seq: its number on a line.
     """
 
-    __slots__ = ("arrived", "body", "conn", "custodian", "dev", "ino", "link", "path", "seq", "tag")
+    __slots__ = ("arrived", "body", "conn", "custodian", "dev", "ino", "link", "parcel", "path", "seq", "tag")
 
     def __init__(self, link: Link, tag: int, conn: int, path: str, dev: int, ino: int, body: bytes, arrived: float) -> None:
+        self.parcel: Parcel | None = None
         self.link = link
         self.tag = tag
         self.conn = conn
@@ -71,8 +75,22 @@ class Call:
         if self.link.calls.pop(self.tag, None) is not None:
             self.link.writer.add(HEADER.pack(CALLED, self.tag, len(body)) + body)
 
+    @property
+    def size(self) -> int:
+        """Bytes that are held for it."""
+        return len(self.body) + (self.parcel.size if self.parcel is not None else 0)
+
+    def finish_large(self, head: bytes, parcel: "Parcel") -> None:
+        """Answer, where the payload is large. head: metadata length, metadata."""
+        if self.link.calls.pop(self.tag, None) is None:
+            parcel.close()
+            return
+        parcel.put(HEADER.pack(CALLED, self.tag, len(head) + len(parcel)) + head)
+        self.link.writer.send(parcel)
+
     def fail(self, errno: int, message: str = "") -> None:
         """Answer with an error of ours or of the kernel's."""
+        self._drop()
         if self.link.calls.pop(self.tag, None) is not None:
             self.link.error(self.tag, errno, message)
 
@@ -87,6 +105,12 @@ class Call:
             self.custodian.abandon(self)
             self.custodian = None
         self.body = b""
+        self._drop()
+
+    def _drop(self) -> None:
+        if self.parcel is not None:
+            self.parcel.close()
+            self.parcel = None
 
 
 class Calls:

@@ -16,15 +16,17 @@ from struct import Struct
 
 from srpcd.ipc import LineGone, LinesWanted, Message
 from srpcd.wire.errors import ProtocolError
-from srpcd.wire.frames import CALL, CALL_REPLY, FLUSH, LINE_REPLIES, METADATA_LENGTH, SEQ, FrameReader, frame
+from srpcd.wire.frames import CALL, CALL_REPLY, FLUSH, LINE_REPLIES, METADATA_LENGTH, SEQ, FrameReader, frame, reply_head
 from srpcd.wire.limits import CALL_MAX, LINE_OUTSTANDING_MAX, METADATA_MAX, READ_SIZE
 from srpcd.worker.calls import Call
-from srpcd.worker.loop import HANDLERS, INFINITY, Loop, Writer
+from srpcd.worker.loop import HANDLERS, INFINITY, SHORT_READ, Loop, Writer
 from srpcd.worker.resolve import Tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from srpcd.worker.parcel import Parcel
 
 WAIT = 1.0
 """Seconds that a call waits for somebody to serve its endpoint, from its arrival: a service that is being restarted."""
@@ -57,7 +59,9 @@ class Line:
         self._loop = loop
         self._lost = lost
         self._read = read
-        self._reader = FrameReader(LINE_REPLIES)
+        self._reader = FrameReader(LINE_REPLIES, reply_head)
+        self._arriving: tuple[int, bytes, Parcel] | None = None  # seq and head of a large reply that is being collected
+        self._read_size = READ_SIZE
         self._seq = 0
         self.pending: dict[int, Call | None] = {}
         """Calls that the handler has not answered, by seq. None: cancelled, the slot is free once the answer comes."""
@@ -71,12 +75,19 @@ class Line:
 
     def send(self, call: Call) -> bool:
         """Hand a call over. False: too many are with the handler already."""
-        pending, writer, body = self.pending, self.writer, call.body
-        if len(pending) >= LINE_OUTSTANDING_MAX or writer.size + len(body) > BUFFER_MAX or self.over or self._retiring:
+        pending, writer, body, parcel = self.pending, self.writer, call.body, call.parcel
+        size = len(body) if parcel is None else call.size
+        if len(pending) >= LINE_OUTSTANDING_MAX or writer.size + size > BUFFER_MAX or self.over or self._retiring:
             return False
         self._seq = seq = self._seq + 1  # never used twice: a late answer can't be taken for another call's
         pending[seq] = call
-        writer.add(_CALL_HEAD.pack(CALL, seq, 8 + len(body), 0) + body)
+        body = _CALL_HEAD.pack(CALL, seq, 8 + size, 0) + body
+        if parcel is None:
+            writer.add(body)
+        else:
+            parcel.put(body)
+            writer.send(parcel)
+            call.parcel = None
         self.used = self._loop.now
         call.body = b""
         call.seq = seq
@@ -109,6 +120,8 @@ class Line:
         if not self.over:
             self.over = True
             self._drain()
+            if self._arriving is not None:
+                self._arriving[2].close()
             self.writer.close()
             self._loop.close(self._read)
             self._lost(self)
@@ -131,12 +144,35 @@ class Line:
         if not mask & EPOLLIN:  # a hang-up, and nothing is left to be read
             self.end()
             return
+        self._take()
+
+    def _take(self) -> bool:
+        """Read once. Returns whether something was there."""
+        if self._arriving is not None:
+            return self._collect(*self._arriving)
         try:
-            data = os.read(self._read, READ_SIZE)
-        except BlockingIOError:
-            return
+            data = os.read(self._read, self._read_size)
+        except OSError:
+            return False
         if data:
             self._feed(data)
+        return bool(data)
+
+    def _collect(self, seq: int, head: bytes, parcel: "Parcel") -> bool:
+        before = parcel.missing
+        parcel.take(self._read)  # an end of file in the middle is a hang-up, which is reported by itself
+        self.used = self._loop.now
+        if not parcel.missing:
+            self._arriving = None
+            call = self.pending.pop(seq)
+            self.answered = True
+            if call is not None:
+                call.finish_large(head, parcel)
+            else:
+                parcel.close()
+            if self._retiring:
+                self._idle()
+        return parcel.missing < before
 
     def _feed(self, data: bytes) -> None:
         self.used = self._loop.now
@@ -158,6 +194,15 @@ class Line:
                 self.answered = True
             if not pending and self._reader.partial:
                 raise ProtocolError(ECONNRESET, "an answer to no call")  # else it could have us keep 16 MiB for nothing
+            self._read_size = READ_SIZE
+            if self._reader.large and (begun := self._reader.divert()) is not None:
+                self._read_size = SHORT_READ
+                seq, head, beginning, missing = begun
+                if seq not in self.pending:
+                    raise ProtocolError(ECONNRESET, "an answer to no call", seq)
+                self._loop.depot.widen(self._read)
+                self._arriving = seq, head, self._loop.depot.parcel(beginning, missing)
+                self._collect(*self._arriving)
         except ProtocolError as fault:
             self.fault = self.fault or fault.message
             self.end()
@@ -167,15 +212,8 @@ class Line:
     def _drain(self) -> None:
         # What a dead handler left is no more than the pipe's capacity; one that lives on is not listened to for ever.
         for _ in range(_DRAIN_READS):
-            if self.fault or not self.pending:
+            if self.fault or not self.pending or not self._take():
                 return
-            try:
-                data = os.read(self._read, READ_SIZE)
-            except OSError:
-                return
-            if not data:
-                return
-            self._feed(data)
 
 
 class Endpoint:
@@ -217,7 +255,7 @@ class Services:
 
     def held(self) -> int:
         """Bytes of calls that wait for a line."""
-        return sum(len(call.body) for endpoint in self.waiters for call in endpoint.waiting)
+        return sum(call.size for endpoint in self.waiters for call in endpoint.waiting)
 
     def endpoint(self, dev: int, ino: int) -> Endpoint:
         """The register's entry of an endpoint."""

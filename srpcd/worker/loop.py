@@ -15,6 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from srpcd.worker.parcel import Depot, Parcel
+
 ALWAYS, GATES, HANDLERS = 0, 1, 2
 """Groups of descriptors: those of GATES and HANDLERS (lines and programs) can be paused."""
 
@@ -24,6 +26,9 @@ TICK = 0.05
 
 _EVENTS = 128
 """Descriptors that are seen to in one pass. Those beyond are first in the next one: the kernel takes turns."""
+
+SHORT_READ = 4096
+"""Bytes that are read first where the last frame was large, and so the next one probably is: what is read, is copied."""
 
 _JOIN = 64 * 1024
 """Bytes that are joined into one write: a pipe's capacity. What is longer is not copied."""
@@ -42,7 +47,7 @@ class Writer:
         self, loop: "Loop", fd: int, broken: "Callable[[], None]", patience: float = INFINITY, handler: bool = True
     ) -> None:
         self.fd = fd
-        self.parts: list[bytes | memoryview] = []
+        self.parts: list[bytes | memoryview | Parcel] = []
         self.size = 0
         self.since = 0.0  # when something was last taken, while something waits
         self.patience = patience
@@ -52,7 +57,15 @@ class Writer:
         self._ending = False
         loop.watch(fd, 0, self._ready)
 
-    def add(self, data: bytes) -> None:
+    def send(self, parcel: "Parcel") -> None:
+        """As `add`, for a large frame."""
+        if self.fd >= 0:
+            self._loop.depot.widen(self.fd)
+            self.add(parcel)
+        else:
+            parcel.close()
+
+    def add(self, data: "bytes | Parcel") -> None:
         """Have `data` written at the end of this pass, or when there is room. Ignored when closed."""
         if self.fd >= 0:
             if not self.size:  # else something waits already, and this goes out after it
@@ -63,9 +76,13 @@ class Writer:
     def discard(self, head: bytes) -> bool:
         """Take back the frame that begins with `head`. False: it, or some of it, may be gone already."""
         for at, part in enumerate(self.parts):
-            if isinstance(part, bytes) and part.startswith(head):  # a memoryview is the rest of what was begun
+            if isinstance(part, memoryview):  # the rest of what was begun
+                continue
+            if part.startswith(head) if isinstance(part, bytes) else part.starts_with(head):
                 del self.parts[at]
                 self.size -= len(part)
+                if not isinstance(part, bytes):
+                    part.close()
                 return True
         return False
 
@@ -81,6 +98,9 @@ class Writer:
             self._loop.armed.pop(self, None)
             self._loop.close(self.fd)
             self.fd = -1
+            for part in self.parts:
+                if not isinstance(part, bytes | memoryview):
+                    part.close()
             self.parts.clear()
             self.size = 0
 
@@ -100,15 +120,27 @@ class Writer:
         """Write what fits."""
         parts = self.parts
         while parts:
-            count = len(parts)
-            if self.size > _JOIN and count > 1:
-                count, size = 1, len(parts[0])
-                while size + len(parts[count]) <= _JOIN:
-                    size += len(parts[count])
-                    count += 1
-            chunk = parts[0] if count == 1 else b"".join(parts[:count])
+            chunk = parts[0]
+            count = 1
             try:
-                written = os.write(self.fd, chunk)
+                if chunk.__class__ is bytes or chunk.__class__ is memoryview:
+                    count = len(parts)
+                    if self.size > _JOIN and count > 1:
+                        count, size = 1, len(chunk)
+                        while size + len(parts[count]) <= _JOIN:  # never a parcel: those are longer
+                            size += len(parts[count])
+                            count += 1
+                    if count > 1:
+                        chunk = b"".join(parts[:count])  # type: ignore[arg-type]
+                    written = os.write(self.fd, chunk)
+                else:
+                    written = chunk.write(self.fd)  # type: ignore[union-attr]
+                    self.size -= written
+                    if not len(chunk):
+                        del parts[0]
+                        continue
+                    self._arm(written > 0)
+                    return
             except BlockingIOError:
                 written = 0
             except OSError:
@@ -119,7 +151,7 @@ class Writer:
                 del parts[:count]
                 continue
             if written:
-                parts[:count] = (memoryview(chunk)[written:],)
+                parts[:count] = (memoryview(chunk)[written:],)  # type: ignore[arg-type]
             self._arm(written > 0)
             return
         if self in self._loop.armed:
@@ -155,7 +187,17 @@ class Loop:
         self._alarm_set = INFINITY  # when it goes off
         self._next = INFINITY
         self._paused: frozenset[int] = frozenset()
+        self._depot: Depot | None = None
         self.watch(self._alarm.fd, EPOLLIN, self._went_off)
+
+    @property
+    def depot(self) -> "Depot":
+        """Of the parcels. Made, and loaded, when the first large frame comes."""
+        if self._depot is None:
+            from srpcd.worker.parcel import Depot  # noqa: PLC0415
+
+            self._depot = Depot(self)
+        return self._depot
 
     def watch(self, fd: int, mask: int, callback: "Callable[[int], None]", group: int = ALWAYS) -> None:
         """Call `callback` with the event mask whenever something is up. Errors and hang-ups are always reported."""

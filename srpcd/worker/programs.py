@@ -90,7 +90,11 @@ class Run(Started):
         self._stdin: Writer | None = None
         if process.stdin >= 0:
             self._stdin = Writer(self._loop, process.stdin, lambda: None)  # a program need not read what it is sent
-            self._stdin.add(process.rest)
+            if call.parcel is None:
+                self._stdin.add(process.rest)
+            else:
+                self._stdin.send(call.parcel)
+                call.parcel = None
             self._stdin.end()
             process.rest = b""
         self._loop.watch(process.stdout, EPOLLIN, self._stdout, HANDLERS)
@@ -226,7 +230,7 @@ class Programs:
 
     def _run(self, call: Call, program: int, peer: str) -> None:
         (metadata,) = METADATA_LENGTH.unpack_from(call.body)  # not for plain programs
-        payload = call.body[METADATA_LENGTH.size + metadata :]
+        payload = call.body[METADATA_LENGTH.size + metadata :] if call.parcel is None else None  # None: it follows
         Run(self, self._start(call, program, {"SRPC_PEER": peer}, payload), call)
 
     def _resident(self, call: Call, program: int, found: os.stat_result) -> Resident:

@@ -30,7 +30,7 @@ from srpcd.wire.limits import KIB, METADATA_MAX, MIB, PATH_MAX, READ_SIZE
 from srpcd.worker.calls import Call, Calls, Link
 from srpcd.worker.lines import Endpoint, Services
 from srpcd.worker.lines import Line as HandlerLine
-from srpcd.worker.loop import GATES, HANDLERS, Loop, Writer
+from srpcd.worker.loop import GATES, HANDLERS, SHORT_READ, Loop, Writer
 from srpcd.worker.resolve import Tree, fail
 
 TYPE_CHECKING = False
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from srpcd.worker.describe import Describer
+    from srpcd.worker.parcel import Parcel
     from srpcd.worker.programs import Programs
 
 GATE_OUTPUT_MAX = 4 * MIB
@@ -63,6 +64,17 @@ _KEY_BEGIN, _KEY_END = 8, CALL_HEAD.size
 """In a CALL's body: device, inode, length of the path; the path follows. As bytes, they are the key of an endpoint."""
 
 
+def _call_head(kind: int, beginning: bytes) -> int:
+    """For FrameReader: bytes of a CALL's body before its payload."""
+    if kind != ipc.CALL or len(beginning) < _KEY_END:
+        return 0
+    begin: int = _KEY_END + CALL_HEAD.unpack_from(beginning)[3]
+    if len(beginning) < begin + METADATA_LENGTH.size:
+        return 0
+    size: int = begin + METADATA_LENGTH.size + METADATA_LENGTH.unpack_from(beginning, begin)[0]
+    return size if size <= len(beginning) else 0
+
+
 class Known:
     """What was checked of an endpoint. batch: of reads in which it was; one check stands for all calls of one read."""
 
@@ -79,18 +91,32 @@ class Known:
 class GateLink(Link):
     """One gate: reads its requests. number: the monitor's. read, write: our ends of its two pipes, not blocking."""
 
-    __slots__ = ("_loop", "_over", "_peers", "_read", "_reader", "_stats", "_table", "_worker", "number")
+    __slots__ = (
+        "_arriving",
+        "_loop",
+        "_over",
+        "_peers",
+        "_read",
+        "_read_size",
+        "_reader",
+        "_stats",
+        "_table",
+        "_worker",
+        "number",
+    )
 
     def __init__(self, worker: "Worker", number: int, read: int, write: int) -> None:
         self.number = number
         self._worker = worker
         self._loop = worker.loop
         self._read = read
-        self._reader = FrameReader(ipc.TO_WORKER)
+        self._read_size = READ_SIZE
+        self._reader = FrameReader(ipc.TO_WORKER, _call_head)
+        self._arriving: tuple[int, bytes, Parcel] | None = None  # tag and head of a large call that is being collected
         self._peers: dict[int, str] = {}
         self._stats: dict[int, int] = {}  # tags of those that wait for the monitor, and the describer's numbers
         self._over = False
-        self._table: dict[int, Callable[[int, bytes], None]] = {
+        self._table: dict[int, Callable[..., None]] = {
             ipc.OPEN: self._open,
             ipc.CLOSE: self._close,
             ipc.WALK: self._walk,
@@ -107,6 +133,8 @@ class GateLink(Link):
             self._over = True
             self._loop.close(self._read)
             self.writer.close()
+            if self._arriving is not None:
+                self._arriving[2].close()
             self._worker.calls.links.remove(self)
             if self in self._worker.finishing:
                 self._worker.finishing.remove(self)
@@ -119,24 +147,53 @@ class GateLink(Link):
             self._table |= {ipc.OPEN: refuse, ipc.WALK: refuse, ipc.STAT: refuse, ipc.CALL: refuse}
             self._worker.finishing.append(self)
 
-    def _refuse(self, tag: int, body: bytes) -> None:
+    def _refuse(self, tag: int, body: bytes, parcel: "Parcel | None" = None) -> None:
+        if parcel is not None:
+            parcel.close()
         self.error(tag, EKEYEXPIRED)
 
     def _readable(self, mask: int) -> None:
+        if self._arriving is not None:
+            self._collect(*self._arriving)
+            return
         try:
-            data = os.read(self._read, READ_SIZE)
+            data = os.read(self._read, self._read_size)
         except BlockingIOError:
             return
         if not data:
             self.end()
             return
+        self._read_size = READ_SIZE
         self._worker.batch += 1
         try:
             for kind, tag, body in self._reader.feed(data):
                 self._table[kind](tag, body)
+            if self._reader.large and not self._over and (begun := self._reader.divert()) is not None:
+                tag, head, beginning, missing = begun
+                self._read_size = SHORT_READ
+                self._loop.depot.widen(self._read)
+                self._arriving = tag, head, self._loop.depot.parcel(beginning, missing)
+                self._collect(*self._arriving)
         except ProtocolError as fault:
-            os.write(2, f"a gate broke the protocol, its link is closed: {fault}\n".encode())
-            self.end()
+            self._broken(fault)
+
+    def _collect(self, tag: int, head: bytes, parcel: "Parcel") -> None:
+        """Take what has come of a large call, and begin it when that is all."""
+        try:
+            if not parcel.take(self._read):
+                self.end()
+            if parcel.missing:
+                return
+            self._arriving = None
+            self._worker.batch += 1
+            self._table[ipc.CALL](tag, head, parcel)
+        except ProtocolError as fault:
+            parcel.close()
+            self._broken(fault)
+
+    def _broken(self, fault: ProtocolError) -> None:
+        os.write(2, f"a gate broke the protocol, its link is closed: {fault}\n".encode())
+        self.end()
 
     def _open(self, conn: int, body: bytes) -> None:
         if b"\0" in body:
@@ -187,13 +244,15 @@ class GateLink(Link):
             self.error(target, ECANCELED)
         self._worker.calls.flush(self, tag, target)
 
-    def _call(self, tag: int, body: bytes) -> None:
+    def _call(self, tag: int, body: bytes, parcel: "Parcel | None" = None) -> None:
         worker = self._worker
         if len(body) < _KEY_END:
             raise ProtocolError(EPROTO, "a short CALL", tag)
         conn, dev, ino, length = CALL_HEAD.unpack_from(body)
         begin = _KEY_END + length
         size = len(body) - begin - METADATA_LENGTH.size
+        if parcel is not None:
+            size += parcel.size
         if length > PATH_MAX or size < 0 or not size >= METADATA_LENGTH.unpack_from(body, begin)[0] <= METADATA_MAX:
             raise ProtocolError(EPROTO, "a CALL whose lengths do not fit", tag)
         calls = self.calls
@@ -205,6 +264,7 @@ class GateLink(Link):
         if not calls:  # a deadline later than another's needs no seeing to: of a link's calls, only the oldest's
             self._loop.wake(now + worker.calls.timeout)
         call = calls[tag] = Call(self, tag, conn, known.path, dev, ino, body[begin:], now)
+        call.parcel = parcel
         if size > LARGE and self._loop.backlog() + worker.services.held() > HANDLER_INPUT_MAX:
             call.fail(EAGAIN, "too much waits for handlers that do not read: try again later")
             return
