@@ -57,6 +57,8 @@ def daemon(private_realm: realm.Place) -> Iterator[realm.Daemon]:
 @pytest.fixture(scope="module")
 def hurried(private_realm: realm.Place) -> Iterator[realm.Daemon]:
     """One with short times and small numbers. Accounts are let in by name, and PAM writes down what it sees."""
+    if realm.PACE > 1:
+        pytest.skip("its times are a second or two, in which a slow machine does not get through a log-in")
     record = private_realm.temporary / "pam-record"
     (private_realm.root / "pam.d" / "srpcd-record").write_text(
         f"auth required pam_unix.so\naccount optional pam_exec.so log={record} /usr/bin/env\naccount required pam_unix.so\n"

@@ -42,7 +42,7 @@ def modules() -> None:
         run("semodule", "-i", *(str(POLICY / f"{name}.pp") for name in wanted))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     """Over sshd, which puts them into the domain of their role as any login does; for each user one connection."""
     directory = tmp_path_factory.mktemp("ssh")

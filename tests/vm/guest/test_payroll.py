@@ -57,6 +57,7 @@ def payroll(modules: None) -> Iterator[None]:
     for user in ("alice", "bob"):
         run("usermod", "-a", "-G", "payroll", user)
     administer(commands("3. The files."))
+    run("systemctl", "restart", "srpcd")  # nobody has a worker of before
     yield
     administer(commands("5. Away with it:"))
     with SEUSERS.open("r+", encoding="utf-8") as file:  # in its place, with its label
