@@ -35,7 +35,7 @@ WHOLE = ("tests/integration", *(f"--ignore=tests/integration/{name}" for name in
 AT_ONCE = 2
 """Machines that run at a time: each of them keeps a core busy."""
 
-TIMEOUT, TIMEOUT_WHOLE = 900.0, 3600.0
+TIMEOUT, TIMEOUT_WHOLE = 1500.0, 7200.0
 """Seconds for one run of tests in a machine, then it is ended."""
 
 LOGS = {
