@@ -33,7 +33,7 @@ def main() -> int:
         "--part",
         action="append",
         default=[],
-        help="not the usual tests, but those of this machine: package, system, functional, whole",
+        help="not the usual tests, but those of this machine: service, system, package, functional, whole",
     )
     test.add_argument("words", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="for pytest")
     given = parser.parse_args()

@@ -65,12 +65,15 @@ class Part:
 # These are about the whole system, and nothing for the realm's mount namespace, which the other conftest.py enters.
 GUEST = ("--confcutdir=tests/vm/guest",)
 PACKAGE, BROKEN = "tests/vm/guest/test_package.py", "tests/vm/guest/test_broken_policy.py"
+SERVICE = ("tests/vm/guest/test_contexts.py", "tests/vm/guest/test_service.py")
 
 
 def parts() -> list[Part]:
     """All there are, the longest first."""
+    ignored = tuple(f"--ignore={name}" for name in (PACKAGE, BROKEN, *SERVICE))
     return [
-        Part("system", ((*GUEST, "tests/vm/guest", f"--ignore={PACKAGE}", f"--ignore={BROKEN}"),)),
+        Part("service", ((*GUEST, *SERVICE),)),
+        Part("system", ((*GUEST, "tests/vm/guest", *ignored),)),
         Part("package", ((*GUEST, PACKAGE),), bare=True),
         Part("functional", (FUNCTIONAL, (*GUEST, BROKEN))),
         Part("whole", (WHOLE,), timeout=TIMEOUT_WHOLE, usual=False),
@@ -87,7 +90,8 @@ def run(only: Sequence[str], keep: bool, arguments: Sequence[str]) -> int:
     chosen = [each for each in parts() if (each.name in only if only else each.usual)]
     if not chosen:
         raise machine.MachineFault(f"no such part; there are {', '.join(each.name for each in parts())}")
-    shutil.rmtree(RESULTS, ignore_errors=True)
+    for part in chosen:
+        shutil.rmtree(RESULTS / part.name, ignore_errors=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for part in chosen:
             pool.submit(_run, part, built, keep, arguments)

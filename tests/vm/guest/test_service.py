@@ -45,6 +45,9 @@ def most(request):
 asyncio.run(serve({"/service/echo": echo, "/service/slow": slow, "/service/most": most}, address="unix:" + sys.argv[1]))
 """
 
+PAUSE = 0.05
+"""Seconds between two batches of calls of one client, so that the machine's one processor has time for a restart too."""
+
 NO_ANSWER = {ESHUTDOWN, ECONNRESET, ENXIO, EKEYEXPIRED}
 """How a call may fail while the daemon is restarted: it drains, the connection is over, the service is not back yet, or the
 session has gone with the worker."""
@@ -157,6 +160,7 @@ class Load:
                 async with await dial(user, tls, self._pin) as connection:
                     lost = False
                     while not self._over and not lost:
+                        await asyncio.sleep(PAUSE)
                         payloads = [f"{user} {tls} {number + at}".encode() for at in range(8)]
                         number += len(payloads)
                         calls = [connection.call("/service/echo", each, timeout=60) for each in payloads]
