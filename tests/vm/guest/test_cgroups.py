@@ -200,7 +200,8 @@ def test_what_one_user_starts_leaves_another_ones_calls_as_quick_as_they_were(se
         "bomb": lambda: int(value(group("bob"), "pids.current")) >= 60,
         "hog": lambda: "oom_kill 0" not in value(group("bob"), "memory.events"),
     }[attacker]
-    quiet, loud = [], []
+    quiet: list[float] = []
+    loud: list[float] = []
     with dial("alice") as alice:
         served.ask(alice)
         median(alice, served.path)  # caches
