@@ -28,7 +28,7 @@ FUNCTIONAL = ("tests/integration/test_kernel_decides.py",)
 """Of the functional suite what each run has: calls of every kind, allowed and refused."""
 LEFT_OUT = (
     "test_soak.py",
-    # These have scripts run as the monitor, a gate or a worker, which the policy is there to prevent. What stands in for them:
+    # These run scripts as the monitor, a gate or a worker, which the policy is there to prevent. In their place there is:
     "test_pam_sessions.py",  # guest/test_sessions.py
     "test_hostile_gate.py",  # guest/test_confinement.py, and so for the others
     "test_hostile_gate_sandbox.py",
