@@ -7,6 +7,8 @@ PYTHON := /usr/bin/python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 MADE := $(VENV)/.made
+# The product's module, and those of the example and of the tests, which the virtual machine loads besides.
+POLICY := policy/srpc.pp policy/payroll.pp policy/srpctest.pp
 DEB := dist/srpc_$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)_$(shell dpkg --print-architecture).deb
 
 # $(call apt,COMMAND THAT SUCCEEDS IF IT IS THERE,PACKAGES): as root they are installed, others are told what to ask for.
@@ -54,7 +56,7 @@ test: $(MADE)
 	@$(RUN) -m pytest
 
 # The image, and what is needed for it, is kept in .vm by the hash of what it is made from.
-test-vm: $(MADE) deb
+test-vm: $(MADE) deb $(POLICY)
 	@$(call apt,command -v mmdebstrap && command -v qemu-system-x86_64 && command -v qemu-img && command -v mke2fs \
 		&& command -v ssh,mmdebstrap qemu-system-x86 qemu-utils e2fsprogs openssh-client)
 	@$(RUN) -m tests.vm test
@@ -74,9 +76,9 @@ bench: $(VENV)/.bench
 	@$(call apt,command -v strace && command -v perf,strace linux-perf) || true
 	@$(RUN) -m bench $(BENCH)
 
-policy/srpc.pp: policy/srpc.te policy/srpc.fc policy/srpc.if
+$(POLICY): $(wildcard policy/srpc.[fit]? policy/examples/*/*.?? policy/tests/*) policy/Makefile
 	@$(call apt,test -f /usr/share/selinux/devel/Makefile,selinux-policy-dev)
-	$(MAKE) -C policy srpc.pp
+	$(MAKE) -C policy $(notdir $@)
 
 # build/deb keeps the libraries that are fetched for the package, by the hash of what names them.
 DEB_SOURCES := $(shell find srpcd srpc_client systemd docs/man -type f -not -path '*/__pycache__/*')
