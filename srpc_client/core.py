@@ -60,7 +60,7 @@ _DECODE: dict[int, Callable[[bytes, int], object]] = {
 }
 
 
-class ClientCore(Generic[W]):
+class ClientCore(frames.Receiver, Generic[W]):
     """The state of one connection: what is outstanding, what waits to be sent, and why it ended."""
 
     __slots__ = (
@@ -176,19 +176,6 @@ class ClientCore(Generic[W]):
     def busy(self) -> bool:
         """Whether so much is outstanding that a new call had better wait (the server would say EAGAIN)."""
         return len(self._outstanding) >= BUSY
-
-    @property
-    def large(self) -> int:
-        """Bytes that are still to come of a large reply that has begun; else 0."""
-        return self._reader.large
-
-    def room(self) -> memoryview:
-        """Where the next of them belong. To be released, and `filled` told, before `receive`."""
-        return self._reader.room()
-
-    def filled(self, count: int) -> None:
-        """So many bytes were put into `room`. `receive` follows, with what came after them."""
-        self._reader.filled(count)
 
     def take(self) -> bytes | memoryview:
         """What is to be sent next; empty when that was all."""

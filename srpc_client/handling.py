@@ -146,7 +146,7 @@ class Request:
                 callback()
 
 
-class HandlerCore:
+class HandlerCore(frames.Receiver):
     """The state of one line: its caller, what is not answered yet, and what waits to be written."""
 
     __slots__ = ("_large", "_out", "_outstanding", "_reader", "caller", "on_answer", "over", "waiting")
@@ -164,19 +164,6 @@ class HandlerCore:
         self._large = False  # something LARGE is in `_out`
         self._outstanding: "dict[int, Request]" = {}
         self._out: "list[bytes | memoryview]" = []
-
-    @property
-    def large(self) -> int:
-        """Bytes that are still to come of a large request that has begun; else 0."""
-        return self._reader.large
-
-    def room(self) -> memoryview:
-        """Where the next of them belong. To be released, and `filled` told, before `receive`."""
-        return self._reader.room()
-
-    def filled(self, count: int) -> None:
-        """So many bytes were put into `room`. `receive` follows, with what came after them."""
-        self._reader.filled(count)
 
     def receive(self, data: bytes) -> "list[Request]":
         """Take what came in; returns the new requests. Raises ProtocolError, after which the line is to be closed."""

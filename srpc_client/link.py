@@ -9,10 +9,9 @@ import struct
 from typing import Protocol
 
 from OpenSSL import SSL
-from OpenSSL._util import ffi, lib
 
 from srpc_client.errors import ConnectionLost, UntrustedServer
-from srpcd.records import RECORD, Records
+from srpcd.records import RECORD, Records, room_for_one
 from srpcd.wire.limits import LARGE, READ_SIZE
 
 _NO_ROOM = memoryview(b"")
@@ -84,19 +83,14 @@ class LocalLink:
 
 
 class TlsLink:
-    """TLS, after its handshake.
+    """TLS, after its handshake."""
 
-    SSL_read(3) and SSL_write(3) are called directly: what pyOpenSSL does around them (memory for each read, a look for
-    errors also where there was none) takes longer than they do. What went wrong is still its to say.
-    """
-
-    __slots__ = ("_buffer", "_records", "_socket", "_ssl", "_tls", "fd")
+    __slots__ = ("_buffer", "_records", "_socket", "_tls", "fd")
 
     def __init__(self, connected: socket.socket, tls: SSL.Connection) -> None:
         self._socket = connected
         self._tls = tls
-        self._ssl = tls._ssl
-        self._buffer = ffi.new("char[]", RECORD)
+        self._buffer = room_for_one()
         self._records = Records(tls, connected)
         self.fd = connected.fileno()
 
@@ -107,21 +101,15 @@ class TlsLink:
             if len(data) >= LARGE or self._records.active:
                 return self._records.send(data)
             if len(data) <= RECORD:
-                return self._put(data)
+                return self._records.put(data)
             view = memoryview(data)
             while sent < len(data):
-                sent += self._put(view[sent : sent + RECORD])
+                sent += self._records.put(view[sent : sent + RECORD])
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except (SSL.Error, OSError) as fault:
             raise self._lost(fault) from None
         return sent
-
-    def _put(self, data: bytes | memoryview) -> int:
-        size: int = lib.SSL_write(self._ssl, data if isinstance(data, bytes) else ffi.from_buffer(data), len(data))
-        if size <= 0:
-            self._tls._raise_ssl_error(self._ssl, size)
-        return size
 
     def receive_into(self, room: memoryview) -> tuple[int, bytes | None]:
         try:
@@ -137,11 +125,7 @@ class TlsLink:
         try:
             if self._records.active:
                 return self.receive_into(_NO_ROOM)[1]
-            size = lib.SSL_read(self._ssl, self._buffer, RECORD)
-            if size <= 0:
-                self._tls._raise_ssl_error(self._ssl, size)
-            data: bytes = ffi.buffer(self._buffer, size)[:]
-            return data
+            return self._records.get(self._buffer)
         except SSL.WantReadError:
             return None
         except SSL.ZeroReturnError:

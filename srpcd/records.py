@@ -39,8 +39,13 @@ _idle: list[_Scratch] = []
 """Kept for the next portion: one for all connections, and more only while several threads are at it."""
 
 
+def room_for_one() -> Any:
+    """What `Records.get` reads into."""
+    return ffi.new("char[]", RECORD)
+
+
 class Records:
-    """Large transfers of one TLS connection, after its handshake.
+    """What goes through one TLS connection, after its handshake: small as it comes, large in large pieces.
 
     active: OpenSSL works on memory, so both directions have to go through here. It does so from the first large transfer on,
     because the memory (a portion) is not worth making for each, until little is sent several times, or `rest` is called.
@@ -126,6 +131,25 @@ class Records:
             self._push()  # what OpenSSL had to say to that
             if not _idle:
                 _idle.append(scratch)
+
+    def put(self, data: bytes | memoryview) -> int:
+        """SSL_write(3), on the socket, while `active` is not set. Returns how many bytes. Raises SSL.Error.
+
+        It and `get` spare what pyOpenSSL does around them (memory for each read, a look for errors also where there was
+        none), which takes longer than they do. What went wrong is still pyOpenSSL's to say.
+        """
+        size: int = lib.SSL_write(self._ssl, data if isinstance(data, bytes) else ffi.from_buffer(data), len(data))
+        if size <= 0:
+            self._tls._raise_ssl_error(self._ssl, size)
+        return size
+
+    def get(self, buffer: Any) -> bytes:
+        """SSL_read(3) in the same way: at most one record. buffer: room for one. Raises SSL.Error."""
+        size = lib.SSL_read(self._ssl, buffer, RECORD)
+        if size <= 0:
+            self._tls._raise_ssl_error(self._ssl, size)
+        data: bytes = ffi.buffer(buffer, size)[:]
+        return data
 
     def flush(self) -> None:
         """Send what OpenSSL has left in memory, as far as that needs no waiting. Raises OSError."""

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 
-from srpcd.records import RECORD, Records
+from srpcd.records import RECORD, Records, room_for_one
 from srpcd.wire.limits import LARGE, READ_SIZE
 
 ALPN = b"srpc/1"
@@ -102,23 +102,19 @@ class Plain:
         self.sock.close()
 
 
-_buffer = ffi.new("char[]", RECORD)  # what SSL_read writes to: a gate has one thread
+_buffer = room_for_one()  # one for all: a gate has one thread
 
 
 class Tls(Plain):
     """A connection that speaks TLS.
 
     wants_write: TLS has something of its own to send before it can go on.
-
-    SSL_read(3) and SSL_write(3) are called directly: what pyOpenSSL does around them (memory for each read, a look for
-    errors also where there was none) takes longer than they do. What went wrong is still its to say.
     """
 
     def __init__(self, sock: socket.socket, context: SSL.Context) -> None:
         self.sock = sock
         self._ready = False
         self._tls = SSL.Connection(context, sock)
-        self._ssl = self._tls._ssl
         self._tls.set_accept_state()
         self._records = Records(self._tls, sock)
 
@@ -148,10 +144,10 @@ class Tls(Plain):
         self.wants_write = False
         data = b""
         try:
-            data = self._record()
+            data = self._records.get(_buffer)
             if len(data) == RECORD:
                 while len(data) < READ_SIZE:
-                    data += self._record()
+                    data += self._records.get(_buffer)
             return data
         except SSL.WantReadError:
             return data or None
@@ -162,19 +158,6 @@ class Tls(Plain):
             return data
         except SSL.Error as fault:
             raise TransportError(f"read: {fault!r}") from None
-
-    def _record(self) -> bytes:
-        size = lib.SSL_read(self._ssl, _buffer, RECORD)
-        if size <= 0:
-            self._tls._raise_ssl_error(self._ssl, size)
-        data: bytes = ffi.buffer(_buffer, size)[:]
-        return data
-
-    def _put(self, data: bytes | memoryview) -> int:
-        size: int = lib.SSL_write(self._ssl, data if isinstance(data, bytes) else ffi.from_buffer(data), len(data))
-        if size <= 0:
-            self._tls._raise_ssl_error(self._ssl, size)
-        return size
 
     def recv_into(self, room: memoryview) -> tuple[int, bytes | None]:
         try:
@@ -189,11 +172,11 @@ class Tls(Plain):
         try:
             if size >= LARGE or self._records.active:
                 return self._records.send(data)
-            sent = self._put(data)
+            sent = self._records.put(data)
             if sent < size:
                 rest = memoryview(data)
                 while sent < size:
-                    sent += self._put(rest[sent:])
+                    sent += self._records.put(rest[sent:])
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except (SSL.Error, OSError) as fault:

@@ -27,7 +27,7 @@ SESSIONS_KEPT = 256
 """Sessions of one connection after which those are looked for that no fid belongs to any more."""
 
 
-class Session:
+class Session(frames.Receiver):
     """The protocol of one connection.
 
     local: whether it came in on the local listener. tree: path of the tree's root, told on the local listener only.
@@ -62,19 +62,6 @@ class Session:
     def known(self) -> bool:
         """Whether somebody has authenticated on the connection."""
         return self._reader.limits is LIMITS[State.KNOWN]
-
-    @property
-    def large(self) -> int:
-        """Bytes that are still to come of a large request that has begun; else 0."""
-        return self._reader.large
-
-    def room(self) -> memoryview:
-        """Where the next of them belong. To be released, and `filled` told, before `receive`."""
-        return self._reader.room()
-
-    def filled(self, count: int) -> None:
-        """So many bytes were put into `room`. `receive` follows, with what came after them."""
-        self._reader.filled(count)
 
     @property
     def busy(self) -> bool:

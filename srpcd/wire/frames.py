@@ -126,22 +126,23 @@ def caller_frame(uid: int, gid: int, groups: "tuple[int, ...]", user: str, conte
     return frame(CALLER, 0, body)
 
 
+def _before_payload(beginning: bytes, head: int) -> int:
+    """Bytes of a body before its payload; 0 where `beginning` does not tell. head: bytes, the last of a metadata length."""
+    if len(beginning) < head:
+        return 0
+    metadata: int = METADATA_LENGTH.unpack_from(beginning, head - METADATA_LENGTH.size)[0]
+    size = head + metadata
+    return size if metadata <= METADATA_MAX and size <= len(beginning) else 0
+
+
 def call_head(kind: int, beginning: bytes) -> int:
     """Bytes of a call's body before its payload; 0 where `beginning` does not tell. For `FrameReader`."""
-    if kind != CALL or len(beginning) < CALL_HEAD.size:
-        return 0
-    metadata: int = CALL_HEAD.unpack_from(beginning)[1]
-    size = CALL_HEAD.size + metadata
-    return size if metadata <= METADATA_MAX and size <= len(beginning) else 0
+    return _before_payload(beginning, CALL_HEAD.size) if kind == CALL else 0
 
 
 def reply_head(kind: int, beginning: bytes) -> int:
     """Bytes of a call reply's body before its payload; 0 where `beginning` does not tell. For `FrameReader`."""
-    if kind != CALL_REPLY or len(beginning) < METADATA_LENGTH.size:
-        return 0
-    metadata: int = METADATA_LENGTH.unpack_from(beginning)[0]
-    size = METADATA_LENGTH.size + metadata
-    return size if metadata <= METADATA_MAX and size <= len(beginning) else 0
+    return _before_payload(beginning, METADATA_LENGTH.size) if kind == CALL_REPLY else 0
 
 
 def take(out: "list[bytes | memoryview]") -> "bytes | memoryview":
@@ -302,3 +303,24 @@ class FrameReader:
                 room[:size] = data[:size]
             self.filled(size)
             data = data[size:]
+
+
+class Receiver:
+    """Base of what takes a stream by a method `receive`: large frames may be read straight to where they belong."""
+
+    __slots__ = ()
+
+    _reader: FrameReader
+
+    @property
+    def large(self) -> int:
+        """Bytes that are still to come of a large frame that has begun; else 0."""
+        return self._reader.large
+
+    def room(self) -> memoryview:
+        """Where the next of them belong. To be released, and `filled` told, before `receive`."""
+        return self._reader.room()
+
+    def filled(self, count: int) -> None:
+        """So many bytes were put into `room`. `receive` follows, with what came after them."""
+        self._reader.filled(count)
