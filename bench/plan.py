@@ -50,10 +50,14 @@ CPP_ASYNC = Contender("gRPC C++ asynchronous", ("native", "grpc_callback caller"
 VARLINK = Contender("asyncvarlink, Unix socket", ("varlink_echo", "caller"), ("varlink_echo", "server"), local=True)
 RELAY = Contender("six bare hops in C, no TLS", ("native", "relay"), ("", ""))
 
+BUSY = Contender("sRPC blocking, busy_poll=2e-4", ("srpc_echo", "busy"), *DIRECT)
 PATIENT = Contender("sRPC asyncio, a refused call is made again", ("srpc_echo", "patient"), *DIRECT)
 
 ECHOES = (BLOCKING, GRPC_SYNC, CPP_SYNC, AIO, GRPC_AIO, CPP_ASYNC, BLOCKING_LOCAL, AIO_LOCAL, VARLINK, RELAY)
 """In the order in which they are measured: each near the peers that it is compared with."""
+
+LONE = (BUSY, *ECHOES)
+"""For lone calls: with a caller, too, who does not sleep while he waits."""
 
 BULK = (BLOCKING, GRPC_SYNC, CPP_SYNC, AIO, GRPC_AIO, CPP_ASYNC, BLOCKING_LOCAL, VARLINK, RELAY)
 """For payloads."""
@@ -95,6 +99,7 @@ ONE_ENDPOINT, IN_TURN = "one endpoint", f"{TREES_IN_TURN} endpoints in turn"
 
 RATIOS = (
     (BLOCKING.name, GRPC_SYNC.name),
+    (BUSY.name, GRPC_SYNC.name),
     (BLOCKING.name, CPP_SYNC.name),
     (AIO.name, GRPC_AIO.name),
     (AIO.name, CPP_ASYNC.name),

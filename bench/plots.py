@@ -23,6 +23,7 @@ OF_SECTION = {
 
 COLOURS = {
     plan.BLOCKING.name: ("#0b5fa5", "-"),
+    plan.BUSY.name: ("#0b5fa5", "--"),
     plan.AIO.name: ("#2a9d8f", "-"),
     plan.BLOCKING_LOCAL.name: ("#0b5fa5", ":"),
     plan.AIO_LOCAL.name: ("#2a9d8f", ":"),

@@ -68,10 +68,10 @@ def blocking_service(setup: Setup) -> None:
     blocking.serve(**_served(setup), until=until)
 
 
-def blocking_caller(setup: Setup) -> None:
+def blocking_caller(setup: Setup, busy_poll: float = 0.0) -> None:
     """`srpc_client.blocking`: one at a time by `call`, else by `call_many`."""
     path = setup["path"]
-    with blocking.dial(**setup["dial"]) as connection:
+    with blocking.dial(**setup["dial"], busy_poll=busy_poll) as connection:
         driver.say(ready={})
         for inflight, payload, seconds in driver.commands():
             if inflight == 1:
@@ -204,6 +204,7 @@ def main() -> None:
             "service": service,
             "blocking_service": blocking_service,
             "blocking": blocking_caller,
+            "busy": lambda setup: blocking_caller(setup, 2e-4),
             "asyncio": asyncio_caller,
             "patient": patient,
             "several": several,

@@ -10,7 +10,7 @@ from tests.realm.counters import cpu_seconds
 
 def run(stage: Stage, extent: Extent, section: Section, progress: Progress) -> None:
     """CPU seconds per million calls, one at a time and 64 in flight."""
-    running = rounds.callers(stage, plan.ECHOES, section)
+    running = rounds.callers(stage, plan.LONE, section)
     note = "User and kernel time together, of all threads. `monitor` is not on a call's path and shows what it does besides."
     for workload in (plan.ONE, plan.MANY):
         title = f"Processor time, {workload.name}"

@@ -13,7 +13,7 @@ from tests.realm.counters import Peak
 
 def lone(stage: Stage, extent: Extent, section: Section, progress: Progress) -> None:
     """64 bytes, one at a time: calls per second, and how the latencies are distributed."""
-    running = rounds.callers(stage, plan.ECHOES, section)
+    running = rounds.callers(stage, plan.LONE, section)
     rates = section.grid("lone", "64 bytes, one at a time", "calls/s", ratios=plan.RATIOS)
 
     def take(contender: Contender, workload: Workload, answer: dict[str, Any]) -> None:

@@ -36,14 +36,15 @@ def connect(
     pins: str | Iterable[str] | None = None,
     ca: tls.Authority | None = None,
     timeout: float | None = None,
+    busy_poll: float = 0.0,
 ) -> "Connection":
-    """As `srpc_client.connect`, blocking."""
+    """As `srpc_client.connect`, blocking. busy_poll: as for `dial`."""
     where = addresses.parse(address)
     deadline = time.monotonic() + (CONNECT_TIMEOUT if timeout is None else timeout)
     if isinstance(where, Local):
-        return Connection(reach.local(where, deadline), where, "")
+        return Connection(reach.local(where, deadline), where, "", busy_poll)
     link, pin = reach.remote(where, None if pins is None else tls.checked_pins(pins), ca, deadline)
-    return Connection(link, where, pin)
+    return Connection(link, where, pin, busy_poll)
 
 
 def dial(
@@ -57,9 +58,15 @@ def dial(
     mechanism: Mechanism | None = None,
     aname: str = "/",
     timeout: float | None = None,
+    busy_poll: float = 0.0,
 ) -> "Connection":
-    """As `srpc_client.dial`, blocking. timeout: seconds for connecting, and again for logging in."""
-    connection = connect(address, pins=pins, ca=ca, timeout=timeout)
+    """As `srpc_client.dial`, blocking. timeout: seconds for connecting, and again for logging in.
+
+    busy_poll: seconds, some hundred microseconds (2e-4) at most, for which a lone call asks again and again for its answer
+    before it sleeps. Where a processor has nothing else to do that spares a wake-up, which in a virtual machine may take
+    longer than a hop of the call; it costs the caller that processor's time, and where all are busy it slows everybody down.
+    """
+    connection = connect(address, pins=pins, ca=ca, timeout=timeout, busy_poll=busy_poll)
     try:
         if user is not None or isinstance(connection.address, Local):
             connection.session = connection.login(
@@ -74,11 +81,11 @@ def dial(
 class Connection:
     """A connection. Made by `dial` and `connect`; a context manager that closes it."""
 
-    def __init__(self, link: Link, address: Address, pin: str) -> None:
+    def __init__(self, link: Link, address: Address, pin: str, busy_poll: float = 0.0) -> None:
         self.address = address
         self.pin = pin
         """The pin of the server's key; empty on a local socket."""
-        self._pump = Pump(link)
+        self._pump = Pump(link, busy_poll)
         self._book = Book()
         self._session: Session | None = None
 

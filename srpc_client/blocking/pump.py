@@ -29,9 +29,12 @@ class Slot:
 
 
 class Pump:
-    """One connection's pump. core: to be asked directly, by whoever has claimed the pump."""
+    """One connection's pump. core: to be asked directly, by whoever has claimed the pump.
 
-    def __init__(self, link: Link) -> None:
+    busy_poll: seconds for which it asks again and again whether an answer is there, before it sleeps.
+    """
+
+    def __init__(self, link: Link, busy_poll: float = 0.0) -> None:
         self.core: ClientCore[Slot] = ClientCore()
         self.fd = link.fd
         """What to wait on, for somebody who does not wait in `until_done`."""
@@ -44,6 +47,8 @@ class Pump:
         self._poll = poll()
         self._poll.register(link.fd, POLLIN)
         self._mine = allocate_lock()
+        self._busy_poll = busy_poll
+        self._quick = True  # the last answer came within that time
 
     def claim(self) -> None:
         """Be the only one to use it, until `release`. Raises RuntimeError where somebody else is at it."""
@@ -94,6 +99,7 @@ class Pump:
     def until_done(self, slot: Slot, deadline: float | None) -> None:
         """Send and receive until the slot is filled. Raises CallTimeout."""
         self.send()
+        awake_until = self._poll_busily(slot, deadline) if self._busy_poll else 0.0
         while not slot.done:
             if deadline is None:
                 events = self._poll.poll()
@@ -102,11 +108,26 @@ class Pump:
                 if left <= 0:
                     raise CallTimeout
                 events = self._poll.poll(left * 1000 + 1)
-            for _fd, event in events:
-                if event & ~POLLOUT:
-                    self.receive()
-                if event & POLLOUT:
-                    self.send()
+            self._see_to(events)
+        if awake_until:
+            self._quick = time.monotonic() < awake_until
+
+    def _poll_busily(self, slot: Slot, deadline: float | None) -> float:
+        """Wait without sleeping. Returns until when that was to be, at most: whoever takes longer is slept for next time,
+        since to be awake for a part of the time would only cost, and keep a processor from those who work on the answer.
+        """
+        end = time.monotonic() + self._busy_poll
+        until = end if deadline is None else min(end, deadline)
+        while self._quick and not slot.done and time.monotonic() < until:
+            self._see_to(self._poll.poll(0))
+        return end
+
+    def _see_to(self, events: list[tuple[int, int]]) -> None:
+        for _fd, event in events:
+            if event & ~POLLOUT:
+                self.receive()
+            if event & POLLOUT:
+                self.send()
 
     @property
     def backlog(self) -> int:

@@ -27,6 +27,9 @@ SEQ = Struct("!Q")
 _AHEAD = 32
 """How many times as much room is made for a large frame as has come of it."""
 
+_ROOM_MIN = LARGE // 4
+"""Bytes of room below which more is made: a read that brings less is not worth its system call."""
+
 PIPE_BUF = 4096
 """Bytes that a pipe takes as one, on Linux."""
 
@@ -281,7 +284,7 @@ class FrameReader:
         """Where the next bytes of the large frame belong, or some of them. To be released before anything else is done."""
         collected = self._collected
         filled = collected.tell()
-        if filled == self._room:
+        if self._room - filled < _ROOM_MIN and self._room < filled + self.large:
             # For all of it at once, which spares it being moved again and again; but only in proportion to what has come, or
             # a header alone would cost us 16 MiB.
             self._room = min(max(filled * _AHEAD, LARGE), filled + self.large)

@@ -39,6 +39,8 @@ class Dialer:
         else:
             options = {"user": "alice", **options}
         made = srpc_client.dial if self.kind == "asyncio" else blocking.dial
+        if self.kind == "busy":
+            options["busy_poll"] = 0.01
         connection = await self.do(made(daemon.address, **options))
         self.made.append(connection)
         return connection
@@ -48,7 +50,7 @@ class Dialer:
         return reply
 
 
-@pytest.fixture(params=["asyncio", "blocking"])
+@pytest.fixture(params=["asyncio", "blocking", "busy"])
 async def dialer(request: pytest.FixtureRequest) -> AsyncIterator[Dialer]:
     dialer = Dialer(request.param)
     yield dialer
@@ -636,6 +638,53 @@ def test_many_calls_find_a_replaced_file(local: FakeDaemon) -> None:
                 local.generation["echo"] = 1
         assert sorted(got) == sorted(b"%d" % number for number in range(500))
         assert got == [b"%d" % number for number in range(500)]
+
+
+class Polled:
+    """A poll object that notes how long it was to wait."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.timeouts: list[float | None] = []
+
+    def poll(self, timeout: float | None = None) -> Any:
+        self.timeouts.append(timeout)
+        return self.inner.poll() if timeout is None else self.inner.poll(timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def test_an_answer_that_comes_soon_is_not_slept_for_if_that_was_asked_for(local: FakeDaemon) -> None:
+    def slow(payload: bytes, _metadata: bytes) -> bytes:
+        time.sleep(0.05)
+        return payload
+
+    local.endpoints["slow"] = slow
+    with blocking.dial(local.address, user="alice", busy_poll=60) as connection:
+        pump = connection._pump
+        polled: Any = Polled(pump._poll)
+        pump._poll = polled
+
+        def waits(path: str) -> set[float | None]:
+            polled.timeouts.clear()
+            assert connection.call(path, b"1 2") in (b"3", b"1 2")
+            return set(polled.timeouts)
+
+        assert waits("/calc/add") == {0}
+        pump._busy_poll = 0.001
+        assert None in waits("/slow")
+        assert waits("/slow") == {None}  # that it takes longer is known now
+        pump._busy_poll = 60
+        assert waits("/slow") == {None}
+        assert waits("/slow") == {0}  # and so is that it does not
+        pump._busy_poll = 0.001
+        with pytest.raises(CallTimeout):
+            connection.call("/calc/never", b"", timeout=0.02)
+    with blocking.dial(local.address, user="alice") as connection:
+        polled = connection._pump._poll = Polled(connection._pump._poll)  # type: ignore[assignment]
+        connection.call("/calc/add", b"1 2")
+        assert set(polled.timeouts) == {None}
 
 
 def test_a_second_thread_is_refused(local: FakeDaemon) -> None:
