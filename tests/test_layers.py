@@ -19,10 +19,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MONITOR_LINES = 2550
-"""Lines of code (no blank ones, no comments, no docstrings) of all that runs as root, its children included: 1,700 were
-without SELinux, PAM sessions, systemd and control groups, each of which has files of its own. The design hopes for 900;
-nothing may be added without taking something out."""
+MONITOR_LINES = 2362
+"""Lines of code (no blank ones, comments, docstrings, imports) of all that runs as root, its children included. About 1,600
+are there without SELinux, PAM sessions, systemd and control groups, each of which has files of its own. The design hopes for
+900; nothing may be added without taking something out."""
 
 
 class Row(NamedTuple):
@@ -338,14 +338,16 @@ def test_no_assert_decides_about_what_a_peer_sent(file: str) -> None:
 
 
 def code_lines(source: str) -> int:
-    """Lines with code on them: not blank, no comment, no docstring."""
+    """Lines with code on them: not blank, no comment, no docstring, no import."""
     skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in skipped:
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        ):
             lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return len(lines)
 

@@ -8,6 +8,7 @@ import socket
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,7 +16,9 @@ from srpcd import ipc
 from srpcd.log import Log
 from srpcd.monitor import accounts, children, launch
 from srpcd.monitor import monitor as module
+from srpcd.monitor.endpoints import Endpoints
 from srpcd.monitor.forked import Turns
+from srpcd.monitor.logins import Logins
 from srpcd.monitor.monitor import Monitor
 from srpcd.monitor.probe import Proof
 
@@ -37,7 +40,7 @@ async def test_a_dead_workers_number_stays_taken_until_its_session_was_swept(mon
         seen.extend(zombie(pid) for pid in sessions)
 
     monkeypatch.setattr(module, "sweep_sessions", sweep)
-    monitor: Any = SimpleNamespace(workers={}, groups=None, _dead=set(), _sweep=None)
+    monitor: Any = SimpleNamespace(workers={}, groups=None, _dead=set(), _sweep=None, endpoints=Mock())
     monitor._sweep_dead = lambda: Monitor._sweep_dead(monitor)
     spawned = launch.spawn(("/bin/true",), launch.Drop(None, {}))
     worker = children.Worker(spawned, "alice", Log(2, level="error"), lambda *_: None)
@@ -62,9 +65,9 @@ async def test_accounts_are_looked_up_a_bounded_number_at_once(monkeypatch: pyte
         running[user] -= 1
 
     monkeypatch.setattr(accounts, "look_up", look_up)
-    monitor: Any = SimpleNamespace(own=launch.Identity(0, 0, ()), _look_ups=Turns(4, 2))
+    logins: Any = SimpleNamespace(_monitor=SimpleNamespace(own=launch.Identity(0, 0, ())), _look_ups=Turns(4, 2))
     origins: list[Any] = [SimpleNamespace(origin="uid:1"), SimpleNamespace(origin="uid:2")]
-    await asyncio.gather(*(Monitor._look_up(monitor, each.origin, each) for each in origins for _ in range(20)))
+    await asyncio.gather(*(Logins.look_up(logins, each.origin, each) for each in origins for _ in range(20)))
     assert most == {"uid:1": 2, "uid:2": 2}
 
 
@@ -81,12 +84,12 @@ async def test_what_changed_while_a_right_was_proved_is_looked_at_again(changed:
             endpoint.changed = time.monotonic()
         return Proof(0, [])
 
-    monitor: Any = SimpleNamespace(_probe=probe, _doubt=lambda *pair: doubted.append(pair))
-    monitor.register = SimpleNamespace(endpoint=lambda *_: endpoint)
+    endpoints: Any = SimpleNamespace(_probe=probe, _doubt=lambda *pair: doubted.append(pair))
+    endpoints._register = SimpleNamespace(endpoint=lambda *_: endpoint)
     identity = launch.Identity(20_000, 20_000, ())
     worker: Any = type("Worker", (), {"send": lambda *_: None})()  # hashable, which a SimpleNamespace is not
     vars(worker).update(identity=identity, quota=None, waiting=1, state=None, endpoints=set())
-    await Monitor._lines_wanted(monitor, worker, "echo", (1, 2))
+    await Endpoints._lines_wanted(endpoints, worker, "echo", (1, 2))
     assert doubted == ([(worker, endpoint)] if changed else [])
 
 

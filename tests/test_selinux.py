@@ -21,6 +21,7 @@ import pytest
 from srpcd import confine, selinux
 from srpcd.config import Authentication
 from srpcd.monitor import accounts, authentication, connections, contexts, launch
+from srpcd.monitor.endpoints import Endpoints
 from srpcd.monitor.lines import Announcement, Endpoint, Register
 from srpcd.monitor.monitor import Monitor
 from srpcd.monitor.probe import probe
@@ -439,9 +440,9 @@ def test_nothing_is_started_without_a_context_of_its_own() -> None:
 
 
 async def test_nothing_is_probed_for_somebody_of_unknown_context() -> None:
-    monitor: Any = SimpleNamespace(own=launch.Identity(0, 0, (), DAEMON))
+    endpoints: Any = SimpleNamespace(_monitor=SimpleNamespace(own=launch.Identity(0, 0, (), DAEMON)))
     identity, quota = launch.Identity(20_000, 20_000, ()), SimpleNamespace()
-    assert (await Monitor._probe(monitor, identity, quota, "echo", os.O_RDONLY)).errno == EACCES  # type: ignore[arg-type]
+    assert (await Endpoints._probe(endpoints, identity, quota, "echo", os.O_RDONLY)).errno == EACCES  # type: ignore[arg-type]
 
 
 def test_an_executable_program_is_executed_itself(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Who may ask the monitor for what, and in which state: one table (the habit of OpenSSH's monitor.c).
 
 A request that is not in the table for its sender's role and state is fatal for the sender. The handlers, methods of
-`Monitor`, check every argument again; an argument that no honest sender could have sent raises `Violation`.
+`Monitor` and of its parts, check every argument again; an argument that no honest sender could have sent raises `Violation`.
 """
 
 import os
@@ -25,7 +25,8 @@ class State(Enum):
 
 
 class Rule(NamedTuple):
-    """role: of the sender, "gate", "worker" or "authenticate". state: of the sender. handler: method of `Monitor`.
+    """role: of the sender, "gate", "worker" or "authenticate". state: of the sender. handler: method of `Monitor`, or of
+    a part of it.
 
     local: only for the gate of the local socket, whose peers the kernel vouches for.
     """
@@ -39,21 +40,21 @@ class Rule(NamedTuple):
 REQUESTS: dict[type[ipc.Message], Rule] = {
     ipc.Ready: Rule("gate", State.NEW, "ready"),
     ipc.Taken: Rule("gate", State.SERVING, "taken"),
-    ipc.Authenticate: Rule("gate", State.SERVING, "authenticate"),
-    ipc.ForgetAfid: Rule("gate", State.SERVING, "forget_afid"),
+    ipc.Authenticate: Rule("gate", State.SERVING, "logins.authenticate"),
+    ipc.ForgetAfid: Rule("gate", State.SERVING, "logins.forget_afid"),
     ipc.Attach: Rule("gate", State.SERVING, "attach"),
     ipc.Resume: Rule("gate", State.SERVING, "resume"),
     ipc.Detach: Rule("gate", State.SERVING, "detach"),
     ipc.Drained: Rule("gate", State.SERVING, "drained"),
     ipc.Pong: Rule("gate", State.SERVING, "pong"),
     ipc.Refusal: Rule("gate", State.SERVING, "refusal"),
-    ipc.Announce: Rule("gate", State.SERVING, "announce", local=True),
-    ipc.Withdraw: Rule("gate", State.SERVING, "withdraw", local=True),
+    ipc.Announce: Rule("gate", State.SERVING, "endpoints.announce", local=True),
+    ipc.Withdraw: Rule("gate", State.SERVING, "endpoints.withdraw", local=True),
     ipc.Proved: Rule("worker", State.NEW, "proved"),
-    ipc.LinesWanted: Rule("worker", State.SERVING, "lines_wanted"),
-    ipc.LineGone: Rule("worker", State.SERVING, "line_gone"),
-    ipc.IsLive: Rule("worker", State.SERVING, "is_live"),
-    ipc.Outcome: Rule("authenticate", State.NEW, "outcome"),
+    ipc.LinesWanted: Rule("worker", State.SERVING, "endpoints.lines_wanted"),
+    ipc.LineGone: Rule("worker", State.SERVING, "endpoints.line_gone"),
+    ipc.IsLive: Rule("worker", State.SERVING, "endpoints.is_live"),
+    ipc.Outcome: Rule("authenticate", State.NEW, "logins.outcome"),
 }
 
 

@@ -103,7 +103,7 @@ class Service:
     async def _revoke(self) -> None:
         while True:
             began = time.monotonic()
-            self._monitor.revoke()
+            self._monitor.endpoints.revoke()
             await asyncio.sleep(max(_LOOK, 4 * (time.monotonic() - began)))
 
     async def _refresh(self) -> None:

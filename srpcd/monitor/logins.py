@@ -1,0 +1,146 @@
+"""Authentications: who is at the other end of a connection, as PAM (in a child) and the accounts say."""
+
+import asyncio
+import os
+import time
+from errno import EACCES, EAGAIN, EOPNOTSUPP, ETIMEDOUT
+from typing import TYPE_CHECKING
+
+from srpcd import ipc, selinux
+from srpcd.monitor import accounts, authentication, launch
+from srpcd.monitor.authentication import Afid, PamChild
+from srpcd.monitor.connections import Connection
+from srpcd.monitor.faults import Denied
+from srpcd.monitor.forked import Turns
+from srpcd.monitor.launch import Drop
+from srpcd.monitor.requests import Violation, plain_path
+from srpcd.wire import limits as wire
+
+if TYPE_CHECKING:
+    from srpcd.monitor.monitor import Monitor
+
+
+class Logins:
+    """Handlers of the requests about authentications (`requests`)."""
+
+    def __init__(self, monitor: "Monitor") -> None:
+        self._monitor = monitor
+        self._log = monitor.log
+        self._failures = authentication.Failures()
+        # Those whom the kernel vouches for do not wait behind strangers who type no password.
+        self._pam = {each: Turns(wire.PAM_CHILDREN_MAX, wire.PAM_CHILDREN_MAX // 2) for each in ("pam", "peer")}
+        self._pam_context = selinux.with_domain(monitor.own.context, selinux.AUTHENTICATION)
+        self._look_ups = Turns(wire.LOOK_UPS_MAX, wire.LOOK_UPS_MAX // 2)
+
+    def authenticate(self, connection: Connection, message: ipc.Authenticate) -> None:
+        if message.afid in connection.afids or message.mechanism not in self._pam:
+            raise Violation("an afid twice, or a mechanism that there is none of")
+        if len(connection.afids) >= wire.AFIDS_MAX or connection.authenticating or connection.failures >= wire.FAILURES_MAX:
+            text = "one authentication at a time on a connection, and a bounded number of afids and failures"
+            connection.gate.send(ipc.Verdict(message.conn, message.afid, EAGAIN, text))
+            return
+        afid = connection.afids[message.afid] = Afid(message.uname, plain_path(message.aname))
+        connection.authenticating = afid
+        afid.task = self._monitor.run(connection, self._authenticate(connection, afid, message))
+
+    async def _authenticate(self, connection: Connection, afid: Afid, message: ipc.Authenticate) -> None:
+        user, by_password = afid.uname, message.mechanism == "pam"
+        errno, told, reason, answered = EACCES, authentication.REFUSED, "abandoned", 0
+        try:
+            if not by_password and connection.identity is None:
+                raise Denied(EOPNOTSUPP, "the mechanism peer is for the local socket")
+            async with self._failures.attempt((user, connection.origin)) as attempt:
+                attempt.begun = True
+                connection.failures += 1
+                if not by_password:  # who it is not can be told without PAM
+                    reason = self.policy(await self.look_up(user, connection), connection, message.mechanism)
+                if by_password or not reason:
+                    outcome = await self._converse(connection, message)
+                    reason, answered = outcome.reason, outcome.answered
+                    if not outcome.errno:
+                        reason = self.policy(await self.look_up(user, connection), connection, message.mechanism)
+                if not reason:
+                    attempt.accepted = True
+                    errno, told = 0, ""
+                    connection.failures -= 1
+            if errno and by_password:
+                step = self._monitor.config.authentication.refusal
+                await asyncio.sleep(authentication.deadline(answered / 1e9, step) - time.monotonic())
+        except Denied as denied:
+            errno, told, reason = denied.errno, denied.message, denied.message
+        finally:
+            if connection.authenticating is afid:  # and not the next one's, after this one was clunked
+                connection.authenticating = None
+            aname = "/" + afid.aname
+            facts = {"user": user, "mechanism": message.mechanism, "aname": aname, "reason": reason or None}
+            self._monitor.told("authentication", connection, errno, "accepted", **facts)
+            if errno and connection.afids.get(message.afid) is afid:
+                del connection.afids[message.afid]
+            if connection.failures >= wire.FAILURES_MAX:
+                self._log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
+                asyncio.get_running_loop().call_later(
+                    1.0, self._monitor.connection_over, connection
+                )  # after the last answer
+        if not errno:
+            afid.expires = time.monotonic() + self._monitor.config.authentication.afid_age
+            connection.becomes_known()
+        connection.gate.send(ipc.Verdict(connection.number, message.afid, errno, told))
+
+    async def look_up(self, user: str, connection: Connection) -> accounts.Account | None:
+        try:
+            async with self._look_ups.turn(connection.origin):
+                return await accounts.look_up(user, self._monitor.own.context)
+        except OSError as fault:
+            raise Denied(EAGAIN, f"no look-up of accounts at the moment: {fault.strerror or fault}") from None
+
+    def policy(self, account: accounts.Account | None, connection: Connection, mechanism: str) -> str:
+        settings = self._monitor.config.authentication
+        reason = authentication.policy(account, settings, self._monitor.daemon_uids, connection.identity is None)
+        if account is None or reason:
+            return reason or "no such account"
+        if mechanism == "peer" and (connection.identity is None or account.identity.uid != connection.identity.uid):
+            return "the kernel says that somebody else is there"
+        if self._monitor.personal and account.identity.uid != self._monitor.own.uid:
+            return "this daemon serves the user who started it, and nobody else"
+        return ""
+
+    async def _converse(self, connection: Connection, message: ipc.Authenticate) -> ipc.Outcome:
+        """Let a child authenticate. Raises Denied: EAGAIN, ETIMEDOUT."""
+        child: PamChild | None = None
+        try:
+            async with (
+                asyncio.timeout(self._monitor.config.authentication.timeout),
+                self._pam[message.mechanism].turn(connection.origin),
+            ):
+                drop = Drop(None, {}, not self._monitor.personal, context=self._pam_context)
+                child = self._monitor.start(PamChild, message.uname, drop)
+                self._introduce(connection, message, child)
+                await asyncio.shield(child.gone)
+                return child.result or ipc.Outcome(EACCES, "the authentication child died", 0)
+        except TimeoutError:
+            errno = ETIMEDOUT if child else EAGAIN
+            raise Denied(errno, "authentication was not finished in time, or too many are under way") from None
+        except OSError as fault:
+            raise Denied(EAGAIN, f"no authentication at the moment: {fault.strerror}") from None
+        finally:
+            if child is not None:
+                child.kill("")
+
+    def _introduce(self, connection: Connection, message: ipc.Authenticate, child: PamChild) -> None:
+        """Tell the child whom to authenticate, and let it and the gate talk to each other."""
+        service = self._monitor.config.authentication.pam_service
+        (answers, to_child), (prompts, from_child) = launch.two_pipes(ipc.packet_pipe)
+        setup = ipc.AuthSetup(self._pam_context, os.getpid(), message.mechanism, service, message.uname, connection.host)
+        child.send(setup, (answers, from_child))
+        connection.gate.send(ipc.Conversation(connection.number, message.afid), (prompts, to_child))
+
+    def outcome(self, child: PamChild, message: ipc.Outcome) -> None:
+        child.result = message
+        child.release()
+
+    def forget_afid(self, connection: Connection, message: ipc.ForgetAfid) -> None:
+        afid = connection.afids.pop(message.afid, None)
+        if afid and afid.task:
+            afid.task.cancel()
+            if connection.authenticating is afid:
+                connection.authenticating = None
