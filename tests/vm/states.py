@@ -25,7 +25,8 @@ def booted(parameters: str = SELINUX) -> Start:
     with image.locked():
         made = image.build()
         version = image.run(["qemu-system-x86_64", "--version"])
-        key = _hash(f"{machine.MEMORY} {machine.PROCESSORS} {machine.KERNEL} {parameters} {version}".encode())
+        hardware = [machine.MEMORY, machine.PROCESSORS, *machine.accelerator(made), version]
+        key = _hash(f"{hardware} {machine.KERNEL} {parameters}".encode())
         return _made(Start(made, parameters), f"booted-{key}", _settle)
 
 
