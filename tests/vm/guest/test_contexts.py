@@ -23,6 +23,7 @@ from tests.vm.guest.conftest import Shell, run
 from tests.vm.guest.denials import Expected
 
 ADDRESS, TREE, LINES = "unix:/run/srpc/srpc.sock", Path("/srv/rpc"), Path("/run/srpc/lines")
+CONFIG = Path("/etc/srpc/srpcd.toml")
 CONFIGURATION = Path("/etc/selinux/default")
 USERS, SEUSERS = CONFIGURATION / "contexts/users", CONFIGURATION / "seusers"
 
@@ -142,10 +143,34 @@ def journal() -> Journal:
     return Journal()
 
 
+@contextlib.contextmanager
+def held(pid: int) -> Iterator[None]:
+    """A process stands still. The monitor, in whose place nobody else then ends a worker: so it is the kernel that refuses
+    the worker's next call, and not the monitor that happened to be quicker.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stage() -> Iterator[None]:
+    """Workers end with the test that they were for: to start the daemon anew for each test takes longer than most of them."""
+    before = CONFIG.read_bytes()
+    CONFIG.write_text("[limits]\nworker_idle = 0.1\n")
+    subprocess.run(["systemctl", "restart", "srpcd"], check=True)
+    yield
+    CONFIG.write_bytes(before)
+    subprocess.run(["systemctl", "restart", "srpcd"], check=True)
+
+
 @pytest.fixture(autouse=True)
 def service() -> Iterator[None]:
     """The daemon serves, and nobody has a worker."""
-    subprocess.run(["systemctl", "restart", "srpcd"], check=True)
+    subprocess.run(["systemctl", "start", "srpcd"], check=True)
+    assert until(lambda: not running("srpcd/worker/__main__.py"))
     yield
     subprocess.run(["systemctl", "reset-failed", "srpcd"], check=False)
 
@@ -405,13 +430,14 @@ def test_chcon_binds_from_the_next_call_on_and_ends_a_worker_that_has_a_line(
             "directory": "*:dir",
         }
         with expected_denials(f"srpc_user_worker_t {target[how]} *") as found:
-            if how == "category":
-                relabel(served.pipe, f"{label_of(served.pipe)}:c1")  # bob has c2
-            elif how == "type":
-                relabel(served.pipe, "system_u:object_r:srpctest_staff_endpoint_t:s0")
-            else:
-                relabel(served.pipe.parent, "system_u:object_r:srpc_tree_t:s0:c1")
-            assert errno_of(bob, served.path) == EACCES
+            with held(main_pid()):
+                if how == "category":
+                    relabel(served.pipe, f"{label_of(served.pipe)}:c1")  # bob has c2
+                elif how == "type":
+                    relabel(served.pipe, "system_u:object_r:srpctest_staff_endpoint_t:s0")
+                else:
+                    relabel(served.pipe.parent, "system_u:object_r:srpc_tree_t:s0:c1")
+                assert errno_of(bob, served.path) == EACCES
             assert until(lambda: not context_of(pid))
         assert found[0].source == WORKERS["bob"]
         assert journal.says("process-kill .*role=worker name=bob .*may no longer call /contexts/who")
@@ -427,8 +453,9 @@ def test_a_boolean_binds_from_the_next_call_on_and_ends_a_worker_that_has_a_line
         pid = worker("alice")
         try:
             with expected_denials("srpc_staff_worker_t srpc_endpoint_t:fifo_file *") as found:
-                run("setsebool", "srpc_call_default", "off")
-                assert errno_of(alice, served.path) == EACCES
+                with held(main_pid()):
+                    run("setsebool", "srpc_call_default", "off")
+                    assert errno_of(alice, served.path) == EACCES
                 assert until(lambda: not context_of(pid))
             assert found[0].source == WORKERS["alice"]
             assert journal.says("process-kill .*role=worker name=alice .*may no longer call /contexts/who")

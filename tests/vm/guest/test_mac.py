@@ -22,7 +22,19 @@ import pytest
 from srpc_client import blocking
 from tests.vm.guest.conftest import run
 from tests.vm.guest.denials import Expected
-from tests.vm.guest.test_contexts import TREE, WORKERS, context_of, dial, errno_of, label_of, relabel, until, worker
+from tests.vm.guest.test_contexts import (
+    TREE,
+    WORKERS,
+    context_of,
+    dial,
+    errno_of,
+    held,
+    label_of,
+    main_pid,
+    relabel,
+    until,
+    worker,
+)
 
 pytestmark = pytest.mark.usefixtures("modules")
 
@@ -152,8 +164,9 @@ def test_the_role_of_the_caller_decides_and_a_boolean_binds_from_the_next_call_o
         try:
             assert bob.call("/mac/staff", b"", timeout=60) == b"bob"
             with expected_denials(STAFF):
-                boolean("srpctest_call_user", False)
-                assert errno_of(bob, "/mac/staff") == EACCES
+                with held(main_pid()):
+                    boolean("srpctest_call_user", False)
+                    assert errno_of(bob, "/mac/staff") == EACCES
                 assert until(lambda: not context_of_worker("bob"))  # it had a line
             assert alice.call("/mac/staff", b"", timeout=60) == b"alice"
         finally:
@@ -188,8 +201,9 @@ def _only(endpoint: Path, category: str, may: Named, may_not: Named, expected_de
     """Give the endpoint a category: one may call it then, one may not."""
     own = label_of(endpoint).rpartition(":")[0] if label_of(endpoint).count(":") > 3 else label_of(endpoint)
     with expected_denials("srpc_*_worker_t srpctest_staff_endpoint_t:fifo_file *") as denied:
-        run("chcon", "-l", f"s0:{category}", str(endpoint))
-        assert errno_of(may_not[1], "/mac/staff") == EACCES
+        with held(main_pid()):
+            run("chcon", "-l", f"s0:{category}", str(endpoint))
+            assert errno_of(may_not[1], "/mac/staff") == EACCES
         assert until(lambda: not context_of_worker(may_not[0]))  # it had a line
     assert {each.source for each in denied} == {WORKERS[may_not[0]]}
     assert denied[0].target == f"{own}:{category}"
@@ -202,8 +216,9 @@ def test_the_type_of_the_endpoint_decides(endpoint: Path, expected_denials: Expe
         assert alice.call("/mac/staff", b"", timeout=60) == b"alice"
         try:
             with expected_denials("srpc_staff_worker_t srpctest_other_endpoint_t:fifo_file *"):
-                run("chcon", "-t", "srpctest_other_endpoint_t", str(endpoint))
-                assert errno_of(alice, "/mac/staff") == EACCES
+                with held(main_pid()):
+                    run("chcon", "-t", "srpctest_other_endpoint_t", str(endpoint))
+                    assert errno_of(alice, "/mac/staff") == EACCES
                 assert until(lambda: not context_of_worker("alice"))
         finally:
             relabel(endpoint, own)

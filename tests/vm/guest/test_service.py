@@ -49,6 +49,9 @@ PAUSE, KNOCK = 0.05, 0.25
 """Seconds between two batches of calls of one client, and between two connections over each socket: so that the one
 processor of the machine has time for log-ins and a restart too."""
 
+DRAIN = 4.0
+"""Seconds that calls in flight get at a restart: enough for those that are to be finished, and all of it is waited for."""
+
 NO_ANSWER = {ESHUTDOWN, ECONNRESET, ENXIO, EKEYEXPIRED}
 """How a call may fail while the daemon is restarted: it drains, the connection is over, the service is not back yet, or the
 session has gone with the worker."""
@@ -80,6 +83,8 @@ def stage() -> Iterator[None]:
         os.mkfifo(directory / name)
         os.chown(directory / name, owner.pw_uid, owner.pw_gid)
         (directory / name).chmod(0o622)
+    before = CONFIG.read_bytes()
+    CONFIG.write_text(f"[limits]\ndrain = {DRAIN}\n")
     systemctl("restart", "srpcd")
     command = [sys.executable, "-c", SERVICE, LOCAL]
     journal = Journal()
@@ -88,6 +93,7 @@ def stage() -> Iterator[None]:
     yield
     process.kill()
     process.wait()
+    CONFIG.write_bytes(before)
     subprocess.run(["rm", "-r", str(directory)], check=True)
 
 
@@ -262,7 +268,7 @@ async def test_a_gate_that_hangs_is_replaced(journal: Journal) -> None:
 
 async def test_a_daemon_that_hangs_is_ended_by_the_watchdog(drop_in: Callable[[str], None], journal: Journal) -> None:
     assert shown("WatchdogUSec") == "30s"
-    drop_in("WatchdogSec=8s")
+    drop_in("WatchdogSec=5s")
     before = main_pid()
     os.kill(before, signal.SIGSTOP)
     assert until(lambda: shown("ActiveState") == "active" and main_pid() not in (0, before), 60)
@@ -321,6 +327,7 @@ def test_systemd_keeps_the_sockets_that_the_daemon_bound_itself(drop_in: Callabl
                     pass
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(LOCAL)
+            time.sleep(PAUSE)
             assert time.monotonic() < end
         assert shown("NFileDescriptorStore") == "3"
     finally:

@@ -12,7 +12,7 @@ from tests.vm.guest.test_contexts import DAEMON, context_of, dial, running, unti
 PAM, LIMITS = Path("/etc/pam.d/srpcd"), Path("/etc/security/limits.d/srpc-test.conf")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def sessions() -> Iterator[None]:
     """They are asked for, and alice has limits."""
     before = PAM.read_text()
