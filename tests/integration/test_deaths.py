@@ -194,7 +194,7 @@ async def undisturbed(daemon: realm.Daemon, user: str = "bob", path: str = "/ope
             over.set()
             await task
         assert done > 5
-        assert longest < 1.0, f"a call of somebody who has nothing to do with it took {longest:.2f} s"
+        assert longest < 1.0 * realm.PACE, f"a call of somebody who has nothing to do with it took {longest:.2f} s"
 
 
 # --- handlers ------------------------------------------------------------------------------------------------------------
@@ -218,6 +218,8 @@ async def test_a_killed_service_ends_its_calls_and_a_new_one_is_called(daemon: r
 
 
 async def test_a_service_that_is_restarted_within_a_second_is_waited_for(daemon: realm.Daemon) -> None:
+    if realm.PACE > 1:
+        pytest.skip("a slow machine does not start a service within that second, which is the same everywhere")
     async with await dial(daemon, "alice") as alice:
         with serving(daemon, "calc2", "state") as service:
             assert await held(alice, "calc2") == 0
@@ -626,10 +628,14 @@ asyncio.run(main())
 """
 
 
+IDLE = min(realm.PACE, 3.0)
+"""Seconds that a worker of `impatient` stays without anybody attached: a second, but longer than a log-in takes."""
+
+
 @pytest.fixture
 def impatient(private_realm: realm.Place) -> Iterator[realm.Daemon]:
-    """A daemon that gives calls a second, and workers as much without anybody attached."""
-    with realm.Daemon({"limits": {"call_timeout": 1, "worker_idle": 1}}) as running:
+    """A daemon that gives calls a second, and workers IDLE without anybody attached."""
+    with realm.Daemon({"limits": {"call_timeout": 1, "worker_idle": IDLE}}) as running:
         stage.make_directory(running.tree / "open", "svc", "calc")
         stage.make_directory(running.tree / "tools")
         with serving(running, "open", "hold", "slow", "state", "echo"):
@@ -667,18 +673,18 @@ async def test_a_worker_ends_when_idle_and_not_before(impatient: realm.Daemon) -
         (worker,) = stage.workers(impatient, "alice")
         async with await dial(impatient, "alice") as second:
             await second.call("/open/echo", b"x")
-        await asyncio.sleep(2.5)  # attached, though it does nothing
+        await asyncio.sleep(2.5 * IDLE)  # attached, though it does nothing
         assert [each.pid for each in stage.workers(impatient, "alice")] == [worker.pid]
         assert await alice.call("/open/echo", b"still") == b"still"
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5 * IDLE)
     assert [each.pid for each in stage.workers(impatient, "alice")] == [worker.pid]  # it might be wanted again
     async with await dial(impatient, "alice") as alice:
         assert await alice.call("/open/echo", b"same") == b"same"
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(1.2 * IDLE)
         assert [each.pid for each in stage.workers(impatient, "alice")] == [worker.pid]
     begun = time.monotonic()
-    await reach(lambda: not stage.workers(impatient, "alice"), 3)
-    assert time.monotonic() - begun > 0.8
+    await reach(lambda: not stage.workers(impatient, "alice"), 3 * IDLE)
+    assert time.monotonic() - begun > 0.8 * IDLE
     ended = impatient.wait_event("process-end", role="worker", name="alice")
     assert ended["status"] == 0
     async with await dial(impatient, "alice") as alice:
@@ -691,7 +697,7 @@ async def test_an_idle_worker_takes_along_what_its_programs_left(impatient: real
         async with await dial(impatient, "alice") as alice:
             assert await alice.call(path, b"", timeout=5) == b"done\n"
         try:
-            await reach(lambda: not stage.workers(impatient, "alice"), 4)
+            await reach(lambda: not stage.workers(impatient, "alice"), 4 * IDLE)
             await reach(lambda: not sleepers(seconds), 1)
         finally:
             kill([each.pid for each in sleepers(seconds)])

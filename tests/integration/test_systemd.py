@@ -15,7 +15,7 @@ from srpcd.monitor.systemd import Manager as Told
 from tests import realm
 from tests.integration import stage
 from tests.integration.raw import CALL, PING, Ended, Raw, call_body
-from tests.realm import processes
+from tests.realm import labels, processes
 from tests.realm.manager import ManagedDaemon, Manager
 
 pytestmark = pytest.mark.needs_root
@@ -45,11 +45,13 @@ def make(manager: Manager) -> Iterator[MakeDaemon]:
 
 
 def tcp_listener() -> socket.socket:
-    return socket.create_server(("127.0.0.1", 0), backlog=64)
+    with labels.sockets_of(labels.DAEMON):
+        return socket.create_server(("127.0.0.1", 0), backlog=64)
 
 
 def local_listener(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
+    with labels.sockets_of(labels.DAEMON):
+        sock = socket.socket(socket.AF_UNIX)
     sock.bind(str(path))
     path.chmod(0o666)
     sock.listen(64)
@@ -200,7 +202,8 @@ def test_passed_sockets_are_used_and_left_alone_at_the_end(make: MakeDaemon, man
 
 
 def test_one_socket_for_both_kinds_of_addresses_tells_them_apart(make: MakeDaemon, manager: Manager) -> None:
-    sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    with labels.sockets_of(labels.DAEMON):
+        sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     manager.passed.append(("srpcd.socket", sock))
     daemon = make({"limits": {"connections_per_address": 1}}).start()
     port = sock.getsockname()[1]
@@ -229,7 +232,8 @@ def test_what_is_switched_off_is_not_switched_on_by_a_socket_unit(
 
 
 def test_a_socket_of_another_kind_is_refused(make: MakeDaemon, manager: Manager) -> None:
-    manager.passed.append(("srpcd.socket", socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+    with labels.sockets_of(labels.DAEMON):
+        manager.passed.append(("srpcd.socket", socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
     assert "'srpcd.socket' is no listening stream socket" in refused_start(make())
 
 

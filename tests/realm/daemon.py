@@ -153,9 +153,9 @@ class Daemon:
 
     def _labelled_program(self) -> list[str]:
         """The way into the daemon's domain: the installed program, or one with our start code and the same label."""
-        if not self._programs:
+        kind, code = self._start_code()
+        if kind == "-m":
             return [labels.PROGRAM]
-        code = self._start_code()[1]
         program = place.install(self.directory / "srpcd", f"#!/usr/lib/srpc/bin/python3 -I\n{code}", 0o755)
         labels.label(program, "srpcd_exec_t")
         return [str(program)]

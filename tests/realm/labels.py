@@ -5,13 +5,18 @@ system. Files of the tests themselves have a type of their own (tests/vm/guest/s
 daemon's may touch them.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ON = os.path.exists("/sys/fs/selinux/enforce")
 
 DAEMON = "system_u:system_r:srpcd_t:s0"
-"""The context in which systemd starts the daemon."""
+"""The context in which systemd starts the daemon, and of the sockets that it makes for it."""
+
+MANAGER = "system_u:system_r:init_t:s0"
+"""The context of systemd, and of the socket on which it is told things."""
 
 PROGRAM = "/usr/sbin/srpcd"
 """The installed daemon: its label is the way into its domain."""
@@ -31,3 +36,23 @@ def copy(source: Path, target: Path) -> None:
     """Give `target` the label of `source`."""
     if ON:
         os.setxattr(target, _NAME, os.getxattr(source, _NAME))
+
+
+@contextlib.contextmanager
+def sockets_of(context: str) -> Iterator[None]:
+    """Sockets that this thread makes in the block have this context, as if that process had made them."""
+    if ON:
+        _sockets(context.encode())
+    try:
+        yield
+    finally:
+        if ON:
+            _sockets(b"\0")
+
+
+def _sockets(context: bytes) -> None:
+    fd = os.open("/proc/thread-self/attr/sockcreate", os.O_WRONLY)  # no O_CREAT: the policy would be asked about that
+    try:
+        os.write(fd, context)
+    finally:
+        os.close(fd)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.realm import labels, processes
 from tests.realm.daemon import Daemon
 
 _RECEIVE = """
@@ -43,10 +44,11 @@ class Manager:
         self.store: list[tuple[str, socket.socket]] = []
         self.passed: list[tuple[str, socket.socket]] = []
         self.sender = 0
-        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        with labels.sockets_of(labels.MANAGER):
+            self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            self._giver = socket.socket(socket.AF_UNIX)
         self._notify.bind(str(directory / "notify"))
         self._notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._giver = socket.socket(socket.AF_UNIX)
         self._giver.bind(str(directory / "sockets"))
         self._giver.listen()
         self.environment = {"NOTIFY_SOCKET": str(directory / "notify"), "SOCKETS": str(directory / "sockets")}
@@ -71,7 +73,7 @@ class Manager:
 
     def wait(self, timeout: float = 10, **fields: str) -> dict[str, str]:
         """The next message with these fields; those before it are passed over. Raises AssertionError after that time."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + timeout * processes.PACE
         while True:
             self._listen()
             while self._new:

@@ -123,6 +123,11 @@ def _private(root: Path) -> Place:
     nscd = Path("/run/nscd")  # a cache that knows the accounts of outside
     if nscd.is_dir():
         mounts.tmpfs(nscd)
+    systemd = Path("/run/systemd")  # its part is played by tests, and a daemon that is told things looks whether it is there
+    if systemd.is_dir():
+        (root / "systemd").mkdir()
+        labels.copy(systemd, root / "systemd")
+        mounts.bind(root / "systemd", systemd)
     accounts.create(root / "store")
     for person in accounts.PEOPLE:
         home = root / "home" / person.name
