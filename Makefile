@@ -22,13 +22,14 @@ apt = if ! ( $(1) ) >/dev/null 2>&1; then \
 	fi; \
 fi
 
-.PHONY: help demo test test-vm lint bench deb clean
+.PHONY: help demo test test-vm test-vm-whole lint bench deb clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a daemon with throwaway users on loopback, shown at work"
 	@echo "make test    all tests; what can't be done here is named at the end"
 	@echo "make test-vm the package in a virtual machine: systemd, SELinux enforcing; as root only"
+	@echo "make test-vm-whole    the same, and all of the functional suite in there"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   sRPC beside its peers, about a quarter of an hour; writes docs/performance.md (BENCH=--quick: just a look)"
 	@echo "make deb     a Debian package, in dist/"
@@ -56,10 +57,10 @@ test: $(MADE)
 	@$(RUN) -m pytest
 
 # The image, and what is needed for it, is kept in .vm by the hash of what it is made from.
-test-vm: $(MADE) deb $(POLICY)
+test-vm test-vm-whole: $(MADE) deb $(POLICY)
 	@$(call apt,command -v mmdebstrap && command -v qemu-system-x86_64 && command -v qemu-img && command -v mke2fs \
 		&& command -v ssh,mmdebstrap qemu-system-x86 qemu-utils e2fsprogs openssh-client)
-	@$(RUN) -m tests.vm test
+	@$(RUN) -m tests.vm test $(if $(filter test-vm-whole,$@),--all)
 
 lint: $(MADE)
 	$(RUN) -m ruff check

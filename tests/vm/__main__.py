@@ -35,6 +35,7 @@ def main() -> int:
         default=[],
         help="not the usual tests, but those of this machine: service, system, package, functional, whole",
     )
+    test.add_argument("--all", action="store_true", help="the usual tests, and the whole functional suite")
     test.add_argument("words", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="for pytest")
     given = parser.parse_args()
     try:
@@ -51,7 +52,7 @@ def _do(given: argparse.Namespace) -> int:
     words = getattr(given, "words", [])
     words = words[1:] if words[:1] == ["--"] else words
     if given.command == "test":
-        return suite.run(given.part, given.keep, words)
+        return suite.run(["all"] if given.all else given.part, given.keep, words)
     vm = machine.Machine(given.name)
     match given.command:
         case "up":

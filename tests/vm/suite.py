@@ -39,11 +39,17 @@ LEFT_OUT = (
     "test_systemd.py::test_a_socket_of_another_kind_is_refused",
 )
 """Of the functional suite, in the machine."""
-WHOLE = (
-    "tests/integration",
-    *(f"--{'deselect' if '::' in name else 'ignore'}=tests/integration/{name}" for name in LEFT_OUT),
-)
-"""All the rest: for the part that runs only when it is asked for, as it takes its time."""
+LIVES = ("test_deaths.py", "test_reload.py", "test_restart.py", "test_systemd.py")
+"""About half of it, by the time that it takes: what begins, ends and is changed while others go on."""
+
+
+def whole(lives: bool) -> tuple[str, ...]:
+    """One half or the other of the functional suite, for the parts that run only when they are asked for."""
+    directory = "tests/integration"
+    out = LEFT_OUT if lives else (*LEFT_OUT, *LIVES)
+    which = [f"{directory}/{name}" for name in LIVES] if lives else [directory]
+    return (*which, *(f"--{'deselect' if '::' in name else 'ignore'}={directory}/{name}" for name in out))
+
 
 AT_ONCE = 2
 """Machines that run at a time: each of them keeps a core busy."""
@@ -82,25 +88,29 @@ SERVICE = ("tests/vm/guest/test_contexts.py", "tests/vm/guest/test_service.py")
 
 
 def parts() -> list[Part]:
-    """All there are, the longest first."""
+    """All there are, in the order in which they begin: the longest first, and beside it the one that needs no machine with
+    the package, which the first has to wait for where there is none yet.
+    """
     ignored = tuple(f"--ignore={name}" for name in (PACKAGE, BROKEN, *SERVICE))
     return [
         Part("service", ((*GUEST, *SERVICE),)),
-        Part("system", ((*GUEST, "tests/vm/guest", *ignored),)),
         Part("package", ((*GUEST, PACKAGE),), bare=True),
+        Part("system", ((*GUEST, "tests/vm/guest", *ignored),)),
         Part("functional", (FUNCTIONAL, (*GUEST, BROKEN))),
-        Part("whole", (WHOLE,), timeout=TIMEOUT_WHOLE, usual=False),
+        Part("whole-lives", (whole(True),), timeout=TIMEOUT_WHOLE, usual=False),
+        Part("whole-calls", (whole(False),), timeout=TIMEOUT_WHOLE, usual=False),
     ]
 
 
 def run(only: Sequence[str], keep: bool, arguments: Sequence[str]) -> int:
     """Run the tests. Returns the status.
 
-    only: names of parts; none: the usual ones. keep: leave the machines up. arguments: for pytest.
+    only: names of parts, "whole" for both of those, "all" for all; none: the usual ones. keep: leave the machines up.
+    arguments: for pytest.
     """
     started = time.monotonic()
     built = package()
-    chosen = [each for each in parts() if (each.name in only if only else each.usual)]
+    chosen = [each for each in parts() if (_names(each) & {*only} if only else each.usual)]
     if not chosen:
         raise machine.MachineFault(f"no such part; there are {', '.join(each.name for each in parts())}")
     for part in chosen:
@@ -119,6 +129,10 @@ def run(only: Sequence[str], keep: bool, arguments: Sequence[str]) -> int:
     words = ", ".join(f"{total[word]} {word}" for word in ("failed", "passed", "skipped", "errors") if total.get(word))
     print(f" {words or 'no tests ran'} in {time.monotonic() - started:.2f}s ".center(80, "="))
     return int(failed)
+
+
+def _names(part: Part) -> set[str]:
+    return {part.name, part.name.partition("-")[0], "all"}
 
 
 def package() -> Path:

@@ -23,7 +23,6 @@ from tests.vm.guest.conftest import Shell, run
 from tests.vm.guest.denials import Expected
 
 ADDRESS, TREE, LINES = "unix:/run/srpc/srpc.sock", Path("/srv/rpc"), Path("/run/srpc/lines")
-CONFIG = Path("/etc/srpc/srpcd.toml")
 CONFIGURATION = Path("/etc/selinux/default")
 USERS, SEUSERS = CONFIGURATION / "contexts/users", CONFIGURATION / "seusers"
 
@@ -155,22 +154,14 @@ def held(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def stage() -> Iterator[None]:
-    """Workers end with the test that they were for: to start the daemon anew for each test takes longer than most of them."""
-    before = CONFIG.read_bytes()
-    CONFIG.write_text("[limits]\nworker_idle = 0.1\n")
-    subprocess.run(["systemctl", "restart", "srpcd"], check=True)
-    yield
-    CONFIG.write_bytes(before)
-    subprocess.run(["systemctl", "restart", "srpcd"], check=True)
-
-
 @pytest.fixture(autouse=True)
 def service() -> Iterator[None]:
-    """The daemon serves, and nobody has a worker."""
+    """The daemon serves, and nobody has a worker. (It is not started anew: that takes longer than most of these tests.)"""
     subprocess.run(["systemctl", "start", "srpcd"], check=True)
-    assert until(lambda: not running("srpcd/worker/__main__.py"))
+    for pid in running("srpcd/worker/__main__.py"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        assert until(lambda pid=pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]  # the monitor has seen it
     yield
     subprocess.run(["systemctl", "reset-failed", "srpcd"], check=False)
 

@@ -18,7 +18,7 @@ def sessions() -> Iterator[None]:
     before = PAM.read_text()
     asked = before.replace("#session required", "session required")
     assert asked.count("\nsession required") == 2
-    PAM.write_text(asked)
+    PAM.write_text(asked + "session required pam_unix.so\n")  # which writes both ends into the journal
     LIMITS.write_text("alice soft nofile 100\nalice hard nofile 200\n")
     subprocess.run(["systemctl", "restart", "srpcd"], check=True)
     yield
@@ -47,7 +47,6 @@ def test_limits_and_login_uid_are_the_callers_and_the_keeper_stays_outside_of_hi
 
 
 def test_the_session_is_closed_after_the_worker_and_when_the_service_ends() -> None:
-    PAM.write_text(PAM.read_text() + "session required pam_unix.so\n")  # which writes both into the journal
     with dial("alice"):
         (keeper,) = keepers()
         subprocess.run(["systemctl", "stop", "srpcd"], check=True)
