@@ -29,7 +29,7 @@ help:
 	@echo "make demo    a daemon with throwaway users on loopback, shown at work"
 	@echo "make test    all tests; what can't be done here is named at the end"
 	@echo "make test-vm the package in a virtual machine: systemd, SELinux enforcing; as root only"
-	@echo "make test-vm-whole    the same, and all of the functional suite in there"
+	@echo "make test-vm-whole  the same, and all of the functional suite that can run in there"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   sRPC beside its peers, about a quarter of an hour; writes docs/performance.md (BENCH=--quick: just a look)"
 	@echo "make deb     a Debian package, in dist/"

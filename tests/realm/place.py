@@ -123,11 +123,7 @@ def _private(root: Path) -> Place:
     nscd = Path("/run/nscd")  # a cache that knows the accounts of outside
     if nscd.is_dir():
         mounts.tmpfs(nscd)
-    systemd = Path("/run/systemd")  # its part is played by tests, and a daemon that is told things looks whether it is there
-    if systemd.is_dir():
-        (root / "systemd").mkdir()
-        labels.copy(systemd, root / "systemd")
-        mounts.bind(root / "systemd", systemd)
+    _hide_systemd(root / "systemd")
     accounts.create(root / "store")
     for person in accounts.PEOPLE:
         home = root / "home" / person.name
@@ -145,6 +141,19 @@ def _private(root: Path) -> Place:
         seen.append(target)
     _use_for_temporary_files(root / "tmp")
     return Place(True, root, code, tuple(seen), root / "tmp", module)
+
+
+def _hide_systemd(instead: Path) -> None:
+    """Its part is played by tests, and a daemon that is told things looks whether it is there. Its log stays."""
+    real = Path("/run/systemd")
+    if real.is_dir():
+        for directory in (instead, instead / "journal"):
+            directory.mkdir()
+            directory.chmod(0o755)
+            labels.copy(real, directory)
+        if (real / "journal").is_dir():
+            mounts.bind(real / "journal", instead / "journal")
+        mounts.bind(instead, real)
 
 
 def _installed() -> Path | None:

@@ -19,7 +19,7 @@ MEMORY = 2048
 """MiB."""
 EMULATED = "max,-erms,-la57,-smap,-pku"
 """All that can be emulated, but for what costs much: `rep stosb`, with which the kernel clears pages where the processor
-says that it is quick (it goes byte by byte), a fifth level of page tables, and switches at each access to a user's memory."""
+says that it is quick (it goes byte by byte), a fifth level of page tables, and a switch at each access to users' memory."""
 PROCESSORS = 1
 """With more, an emulated machine takes a quarter more of the host's time for the same; there are several machines."""
 BOOT_TIMEOUT = 240.0
