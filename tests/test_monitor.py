@@ -21,6 +21,7 @@ from srpcd.monitor.forked import Turns
 from srpcd.monitor.logins import Logins
 from srpcd.monitor.monitor import Monitor
 from srpcd.monitor.probe import Proof
+from srpcd.monitor.requests import State
 
 
 def zombie(pid: int) -> bool:
@@ -51,6 +52,21 @@ async def test_a_dead_workers_number_stays_taken_until_its_session_was_swept(mon
     await monitor._sweep
     assert seen == [True]
     assert not zombie(worker.pid)
+
+
+async def test_a_worker_for_whom_somebody_waits_is_not_idle() -> None:
+    """It may be there, and the attach that it was started for not yet, when its idle time is over."""
+    retired: list[object] = []
+    limits = SimpleNamespace(limits=SimpleNamespace(worker_idle=-0.09))
+    monitor: Any = SimpleNamespace(config=limits, _retire=retired.append)
+    monitor._idle = lambda worker: Monitor._idle(monitor, worker)
+    worker: Any = SimpleNamespace(state=State.SERVING, connections=set(), wanted=1, idle=None)
+    monitor._idle(worker)
+    await asyncio.sleep(0.1)
+    assert retired == []
+    worker.wanted = 0
+    await asyncio.sleep(0.1)
+    assert retired == [worker]
 
 
 async def test_accounts_are_looked_up_a_bounded_number_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
     service         the daemon's life: gates, listening sockets, looking after, the end
     requests        who may ask for what, in which state: one table; anything else ends its sender
-    monitor         what is done about each request; sessions and workers
+    monitor         children, connections, sessions and workers, and what is done about their requests
+    logins          what is done about authentications
+    endpoints       what is done about announcements and lines, and the watch on what was granted
     connections     listening sockets, numbering, limits, hang-up
     authentication  who may try to authenticate, how often and how long; what became of it
     pamchild        the child in which PAM runs (a program of its own)

@@ -197,8 +197,10 @@ class Gate(Child):
 
 
 class Worker(Child):
-    """The process of one security context. lines: how many it has. waiting: endpoints that it wants lines to. group: the
-    directory of its control group, or empty."""
+    """The process of one security context. lines: how many it has. waiting: endpoints that it wants lines to.
+
+    wanted: attaches that wait for it. group: the directory of its control group, or empty.
+    """
 
     role = "worker"
     swept = True
@@ -209,7 +211,7 @@ class Worker(Child):
         self.gates: dict[Gate, int] = {}  # with the number of the pipes between them
         self.connections: set[Connection] = set()
         self.endpoints: set[Endpoint[Worker]] = set()
-        self.lines = self.waiting = 0
+        self.lines = self.waiting = self.wanted = 0
         self.idle: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[None]] = set()
         self.doubted: set[Endpoint[Worker]] = set()  # whether it may still call these

@@ -25,7 +25,6 @@ class Logins:
 
     def __init__(self, monitor: "Monitor") -> None:
         self._monitor = monitor
-        self._log = monitor.log
         self._failures = authentication.Failures()
         # Those whom the kernel vouches for do not wait behind strangers who type no password.
         self._pam = {each: Turns(wire.PAM_CHILDREN_MAX, wire.PAM_CHILDREN_MAX // 2) for each in ("pam", "peer")}
@@ -77,7 +76,7 @@ class Logins:
             if errno and connection.afids.get(message.afid) is afid:
                 del connection.afids[message.afid]
             if connection.failures >= wire.FAILURES_MAX:
-                self._log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
+                self._monitor.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
                 asyncio.get_running_loop().call_later(
                     1.0, self._monitor.connection_over, connection
                 )  # after the last answer

@@ -282,6 +282,7 @@ class Monitor:
             worker = self.workers.get(account.identity)
             if worker is None or worker.state is State.DONE:
                 worker = self._start_worker(account, connection.host)
+            worker.wanted += 1
             try:
                 async with asyncio.timeout(START_SECONDS):
                     if await asyncio.shield(worker.proved) and worker.state is not State.DONE:
@@ -289,6 +290,8 @@ class Monitor:
             except TimeoutError:
                 worker.kill("did not start in time")
                 raise Denied(ETIMEDOUT, "the worker did not start in time") from None
+            finally:
+                worker.wanted -= 1
             if worker.gone.done() and worker.gone.result() == pamsession.REFUSED:
                 raise Denied(EACCES, "no PAM session for this user: the daemon's log says why")
         raise Denied(ECONNRESET, "the worker could not be started: the daemon's log says why")
@@ -297,12 +300,14 @@ class Monitor:
         limits, paths = self.config.limits, self.config.paths
         if len(self.all_workers()) >= limits.workers:
             raise Denied(EAGAIN, "the daemon has as many workers as it may have")
-        group = ""
+        group, service = "", self.config.authentication.pam_service
         try:
+            # If its service asks for any; a user's own daemon has nothing to open one with.
+            session = None if self.personal else pamsession.Wanted(service, account.name, host, self._keepers.lease)
             if self.groups:
                 group = self.groups.worker(account.identity.uid)
             drop = self.drop(account.identity, launch.WORKER_LIMITS, SIGTERM)  # at which it ends its programs, and itself
-            drop = drop._replace(group=group, session=self._session(account.name, host))
+            drop = drop._replace(group=group, session=session)
             worker: Worker = self.start(Worker, account.name, drop, account.name)
         except OSError as fault:
             if self.groups and group:
@@ -321,11 +326,6 @@ class Monitor:
         )  # fmt: skip
         return worker
 
-    def _session(self, user: str, host: str) -> pamsession.Wanted | None:
-        """The PAM session of a worker, if its service asks for any; a user's own daemon has nothing to open one with."""
-        service = self.config.authentication.pam_service
-        return None if self.personal else pamsession.Wanted(service, user, host, self._keepers.lease)
-
     def _link(self, gate: Gate, worker: Worker, conn: int, request: int, session: int) -> None:
         """Tell the gate, and give it and the worker two pipes to each other if they have none yet."""
         if gate in worker.gates:
@@ -340,11 +340,11 @@ class Monitor:
         gate.send(ipc.Attached(conn, request, session, number), (gate_reads, gate_writes))
 
     def _idle(self, worker: Worker) -> None:
-        """Let a worker end after its idle time, unless somebody is attached to it then."""
+        """Let a worker end after its idle time, unless somebody is attached to it then, or is about to be."""
 
         def look() -> None:
-            if worker.state is State.NEW and time.monotonic() - worker.started < START_SECONDS:
-                self._idle(worker)  # whoever waits for it has the longer patience
+            if worker.wanted:
+                self._idle(worker)
             elif not worker.connections and worker.state is not State.DONE:
                 self._retire(worker)
 
@@ -393,9 +393,8 @@ class Monitor:
 
     def expire(self) -> None:
         """End sessions that are too old."""
-        now = time.monotonic()
         for worker in self.all_workers():
-            self._expire(worker, now)
+            self._expire(worker, time.monotonic())
 
     def _expire(self, worker: Worker, now: float) -> None:
         for connection in list(worker.connections):
