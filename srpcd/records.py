@@ -157,8 +157,11 @@ class Records:
             self._push()
 
     def rest(self) -> None:
-        """Have OpenSSL work on the socket again, if nothing is left in memory. What came in never is."""
-        if self.active and not self.waits:
+        """Have OpenSSL work on the socket again, if nothing is left in memory. What came in never is.
+
+        Nor if `receive` has sent the last of it: only `send` can say so, to whom would otherwise send that once more.
+        """
+        if self.active and not self.waits and not self._ahead:
             lib.SSL_set_fd(self._ssl, self._socket.fileno())  # frees what was set before
             lib.SSL_set_mode(self._ssl, lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
             self.active = False

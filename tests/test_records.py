@@ -161,6 +161,21 @@ def test_both_directions_go_on_while_one_waits(pair: MakePair) -> None:
     assert got == data
 
 
+def test_what_went_out_while_something_was_awaited_is_not_sent_again_after_a_rest(pair: MakePair) -> None:
+    one, other = pair(16384)
+    data = pattern(LARGE - 1)  # once it rests, this is sent by the socket
+    assert one.records.send(data) == 0
+    got = bytearray()
+    while one.records.waits:
+        got += other.receive(LARGE)
+        assert one.receive(LARGE) == b""
+    one.records.rest()
+    assert one.send(data) == len(data)
+    for _ in range(3):
+        got += other.receive(LARGE)
+    assert got == data
+
+
 def test_who_sends_little_again_and_again_or_rests_needs_no_memory_any_more(pair: MakePair) -> None:
     def active() -> list[bool]:
         return [end.records.active for end in (one, other)]
