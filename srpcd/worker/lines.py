@@ -164,7 +164,7 @@ class Line:
         self.used = self._loop.now
         if not parcel.missing:
             self._arriving = None
-            call = self.pending.pop(seq)
+            call = self.pending.pop(seq, None)  # gone where it was taken back unwritten: then it was answered unasked
             self.answered = True
             if call is not None:
                 call.finish_large(head, parcel)

@@ -330,3 +330,19 @@ def test_pipes_are_wide_for_large_frames_only_and_nothing_stays_open(bench: "Ben
     assert bench.descriptors() == before
     assert [fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) for fd in ends] == sizes
     exchange(gate, handler, inode)
+
+
+def test_a_handler_that_answers_at_length_what_it_was_not_given_yet_ends_nobody(bench: "Bench", gate: "Gate") -> None:
+    inode, handler = bench.announced(gate)
+    payload = payload_of(3 * MIB)
+    with sending(gate, request(inode, 1000, payload) + request(inode, 1001, payload)):
+        pass  # the second waits behind the first, which the handler does not read
+    answer = reply(3, payload_of(MIB))  # numbers can be guessed: `announced` has made one call
+    handler.send_raw(answer[:70_000])
+    time.sleep(0.05)
+    gate.send(ipc.FLUSH, 5, ipc.FLUSH_BODY.pack(1001))
+    assert gate.outcome(1001) == errno.ECANCELED
+    assert gate.receive()[:2] == (ipc.FLUSHED, 5)
+    with sending(handler, answer[70_000:]):
+        assert gate.silent()
+    assert gate.walk("")
