@@ -104,13 +104,16 @@ class Parcel:
         while True:
             last = self._parts[-1] if self._parts else None
             if not isinstance(last, _Pipe):
-                last = None if self.missing < PIPE_MAX // 16 else self._depot.pipe()
-                if last is None:
+                pipe = None if self.missing < PIPE_MAX // 16 else self._depot.pipe()
+                if pipe is None:
                     data = os.read(fd, min(self.missing, PIPE_MAX))
-                    if data:
+                    if len(data) < _SMALL and isinstance(last, bytes) and len(last) < _SMALL:
+                        self._parts[-1] = last + data  # or who sends single bytes would have us keep a hundred for each
+                    elif data:
                         self._parts.append(data)
                     return len(data)
-                self._parts.append(last)
+                self._parts.append(pipe)
+                last = pipe
             try:
                 taken = os.splice(fd, last.write, self.missing, flags=os.SPLICE_F_NONBLOCK)
             except BlockingIOError:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -346,3 +347,25 @@ def test_a_handler_that_answers_at_length_what_it_was_not_given_yet_ends_nobody(
     with sending(handler, answer[70_000:]):
         assert gate.silent()
     assert gate.walk("")
+
+
+@needs_root
+def test_a_handler_that_answers_byte_by_byte_does_not_cost_more_than_it_says(bench: "Bench", gate: "Gate") -> None:
+    def resident() -> int:
+        with open(f"/proc/{bench.process.pid}/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+    inode, handler = bench.announced(gate)
+    tag = gate.start("echo", b"", inode)
+    seq, _payload = handler.request()
+    answer = reply(seq, payload_of(MIB))
+    handler.send_raw(answer[:30])
+    before, waiting = resident(), bytearray(4)
+    for at in range(30, 50_030):
+        handler.send_raw(answer[at : at + 1])
+        while fcntl.ioctl(handler.fds[1], termios.FIONREAD, waiting) == 0 and any(waiting):
+            pass  # each is read alone
+    assert resident() - before < 2 * MIB
+    with sending(handler, answer[50_030:]):
+        assert gate.reply(tag) == bytes(4) + payload_of(MIB)
+    exchange(gate, handler, inode)
