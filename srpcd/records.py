@@ -22,6 +22,10 @@ RECORD = 16384
 _SMALL_MAX = 8
 """How often in a row little is sent before it is taken for the rule again."""
 
+_WAITING_MAX = 2 * PORTION
+"""Bytes, encrypted, that may wait for the socket: what is sent at once, and thousands of OpenSSL's own messages. A peer can
+ask for new keys, and so for an answer, in every record, and on memory nothing but this keeps OpenSSL from going on."""
+
 
 class _Scratch:
     """Room for a portion as it is on the wire, and in clear with the record that had been begun before it."""
@@ -152,7 +156,7 @@ class Records:
         return data
 
     def flush(self) -> None:
-        """Send what OpenSSL has left in memory, as far as that needs no waiting. Raises OSError."""
+        """Send what OpenSSL has left in memory, as far as that needs no waiting. Raises SSL.Error, OSError."""
         if self.active:
             self._push()
 
@@ -179,12 +183,14 @@ class Records:
         raise SSL.Error([("records", "", "OpenSSL took or gave nothing")])
 
     def _push(self) -> bool:
-        """Send what is encrypted. Returns whether that was all."""
+        """Send what is encrypted. Returns whether that was all. Raises SSL.Error where too much is left."""
         while size := lib.BIO_get_mem_data(self._outgoing, self._pointer):
             try:
                 sent = self._socket.send(ffi.buffer(self._pointer[0], size))
             except BlockingIOError:
                 self.waits = True
+                if size > _WAITING_MAX:
+                    raise SSL.Error([("records", "", "the other end asks again and again, and takes no answer")]) from None
                 return False
             scratch = _idle.pop() if _idle else _Scratch()
             while sent:  # there is no other way to say that it is not needed any more

@@ -197,12 +197,15 @@ class Connection:
             self._held = list({each.carrier for each in self.session.forwards() if each.carrier is not None})
             for link in self._held:
                 link.hold(self)
-        if stage is Stage.OPEN:
+        owing = self._transport.wants_write and stage <= Stage.OPEN
+        if owing:
+            reading = False  # it would get no further: TLS has to answer first
+        elif stage is Stage.OPEN:
             others = self._gate.channel.congested or any(link.congested for link in self.links)
             reading = not (self._full or self._waiting > limit or others)
         else:
             reading = stage is not Stage.CLOSING
-        writing = size > 0 or self._transport.wants_write
+        writing = size > 0 or owing
         if reading is not self._reading:
             self._reading = reading
             if reading:

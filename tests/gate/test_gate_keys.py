@@ -1,0 +1,84 @@
+"""The real gate and a client that asks for new keys without end, and takes none of the answers (RFC 8446, section 4.6.3)."""
+
+import ctypes
+import ctypes.util
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from srpcd.wire.frames import APPEND, HEADER
+from srpcd.wire.limits import LARGE, MIB
+from tests.gate.test_gate_slow import resident
+from tests.gate.world import World
+
+LIBRARY = ctypes.util.find_library("ssl")
+
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="needs the system's libssl: pyOpenSSL can't ask for new keys")
+
+Start = Callable[..., World]
+
+
+class KeyUpdater:
+    """A TLS client by the system's OpenSSL, on a connection that never blocks."""
+
+    def __init__(self, world: World) -> None:
+        self.client = world.connect(handshake=False, buffers={"SO_SNDBUF": 1 << 15})
+        self._lib: Any = ctypes.CDLL(LIBRARY)
+        for name in ("TLS_client_method", "SSL_CTX_new", "SSL_new"):
+            getattr(self._lib, name).restype = ctypes.c_void_p
+        context = ctypes.c_void_p(self._lib.SSL_CTX_new(ctypes.c_void_p(self._lib.TLS_client_method())))
+        self._ssl = ctypes.c_void_p(self._lib.SSL_new(context))
+        self._lib.SSL_set_alpn_protos(self._ssl, b"\x06srpc/1", 7)
+        self._lib.SSL_set_fd(self._ssl, self.client.sock.fileno())
+        self.client.sock.settimeout(None)
+        assert self._lib.SSL_connect(self._ssl) == 1
+        self.client.sock.setblocking(False)
+
+    def send(self, data: bytes) -> None:
+        assert self._lib.SSL_write(self._ssl, data, len(data)) == len(data)
+
+    def flood(self, count: int, patience: float) -> int:
+        """Ask for new keys so often, or until nothing was taken for `patience` seconds. Returns how often."""
+        done, since = 0, time.monotonic()
+        asked = False
+        while done < count and time.monotonic() - since < patience:
+            asked = asked or self._lib.SSL_key_update(self._ssl, 1) == 1
+            if self._lib.SSL_do_handshake(self._ssl) == 1:
+                done, since, asked = done + 1, time.monotonic(), False
+            else:
+                time.sleep(0.001)
+        return done
+
+
+def processor_time(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_who_takes_no_answers_is_not_read_from_in_vain(start: Start) -> None:
+    world = start("tls")
+    hostile = KeyUpdater(world)
+    assert hostile.flood(100_000, 0.3) < 100_000
+    before = processor_time(world.pid)
+    time.sleep(0.5)
+    assert processor_time(world.pid) - before < 0.2
+    other = world.connect()
+    other.log_in("bob")
+
+
+def test_the_answers_do_not_collect_in_memory_while_something_large_is_sent(start: Start) -> None:
+    world = start("tls")
+    hostile = KeyUpdater(world)
+    hostile.send(HEADER.pack(APPEND, 1, 2 * LARGE) + bytes(100))
+    time.sleep(0.05)
+    hostile.send(bytes(100))
+    time.sleep(0.05)
+    before = resident(world.pid)
+    assert hostile.flood(100_000, 0.3) < 100_000
+    assert resident(world.pid) - before < 2 * MIB
+    other = world.connect()
+    other.log_in("bob")
