@@ -207,6 +207,8 @@ class Link:
                 count = len(data)
         except BlockingIOError:
             return False
+        except OSError:  # a page of a file that can't be read any more: who writes may splice such ones into a pipe
+            count = 0
         if not count:
             self.die()
             return False

@@ -12,6 +12,7 @@ from srpcd import ipc
 from srpcd.wire import frames, messages
 from srpcd.wire.frames import AUTH, CALL, HEADER, PING, WALK, frame
 from tests.gate.client import Client
+from tests.gate.fake_worker import Worker
 from tests.gate.world import World
 
 Start = Callable[..., World]
@@ -243,3 +244,28 @@ def test_nothing_is_left_of_connections_that_are_over(world: World) -> None:
         client.request(AUTH, messages.Auth(50, "bob"))
         client.sock.close()
     world.until(lambda: fds() == before)
+
+
+def test_a_worker_whose_pipe_can_not_be_read_ends_no_connection(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It may splice a page of a file into it that can't be read any more. Here it is a socket that was reset.
+    def give_a_socket(self: Worker, *args: object) -> None:
+        made(self, *args)  # type: ignore[arg-type]
+        ours, theirs = socket.socketpair()
+        theirs.send(b"unread")
+        os.dup2(theirs.fileno(), self.gate_reads)
+        os.dup2(ours.fileno(), self.write)
+        theirs.close()
+        ours.close()
+
+    made = Worker.__init__
+    other = world.connect()
+    other.log_in("bob")
+    client = world.connect()
+    with monkeypatch.context() as patched:
+        patched.setattr(Worker, "__init__", give_a_socket)
+        client.log_in()
+    client.walk("die")
+    assert client.call() == ECONNRESET
+    assert client.ask(PING) is not None
+    other.walk("echo")
+    assert other.call(b"x") == b"x"
