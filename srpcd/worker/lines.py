@@ -152,15 +152,20 @@ class Line:
             return self._collect(*self._arriving)
         try:
             data = os.read(self._read, self._read_size)
-        except OSError:
+        except BlockingIOError:
             return False
+        except OSError as fault:
+            return self._unreadable(fault)
         if data:
             self._feed(data)
         return bool(data)
 
     def _collect(self, seq: int, head: bytes, parcel: "Parcel") -> bool:
         before = parcel.missing
-        parcel.take(self._read)  # an end of file in the middle is a hang-up, which is reported by itself
+        try:
+            parcel.take(self._read)  # an end of file in the middle is a hang-up, which is reported by itself
+        except OSError as fault:
+            return self._unreadable(fault)
         self.used = self._loop.now
         if not parcel.missing:
             self._arriving = None
@@ -173,6 +178,12 @@ class Line:
             if self._retiring:
                 self._idle()
         return parcel.missing < before
+
+    def _unreadable(self, fault: OSError) -> bool:
+        """Of a page of a file, say, that the handler spliced into its pipe. It will not get better."""
+        self.fault = self.fault or f"its pipe can't be read: {fault.strerror}"
+        self.end()
+        return False
 
     def _feed(self, data: bytes) -> None:
         self.used = self._loop.now

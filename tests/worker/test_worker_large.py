@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import select
+import socket
 import termios
 import threading
 import time
@@ -369,3 +371,25 @@ def test_a_handler_that_answers_byte_by_byte_does_not_cost_more_than_it_says(ben
     with sending(handler, answer[50_030:]):
         assert gate.reply(tag) == bytes(4) + payload_of(MIB)
     exchange(gate, handler, inode)
+
+
+@pytest.mark.parametrize("begun", [0, 70_000])
+def test_a_handler_whose_pipe_can_not_be_read_is_one_error(bench: "Bench", gate: "Gate", begun: int) -> None:
+    # It may splice a page of a file into it that can't be read any more. Here it is a socket that is reset.
+    inode, other = bench.announced(gate)
+    pipe = bench.tree / "reset"
+    os.mkfifo(pipe)
+    pipe.chmod(0o622 if os.geteuid() == 0 else 0o600)
+    inode = gate.walk("reset")[:2]
+    tag = gate.start("reset", b"", inode)
+    assert bench.told() == ipc.LinesWanted("reset", *inode)
+    requests, recv = os.pipe()
+    ours, theirs = socket.socketpair()
+    theirs.send(b"unread")
+    bench.send(ipc.Line(7, *inode), recv, theirs.detach())
+    with open(requests, "rb"), ours:
+        assert select.select([requests], [], [], 5)[0]
+        ours.send(reply(1, payload_of(MIB))[:begun])
+    assert gate.outcome(tag) == errno.ECONNRESET
+    assert bench.told() == ipc.LineGone(7)
+    exchange(gate, other, gate.walk("echo")[:2])
