@@ -212,7 +212,7 @@ class Line:
                 if seq not in self.pending:
                     raise ProtocolError(ECONNRESET, "an answer to no call", seq)
                 self._loop.depot.widen(self._read)
-                self._arriving = seq, head, self._loop.depot.parcel(beginning, missing)
+                self._arriving = seq, head, self._loop.depot.parcel(beginning, missing, copied=True)
                 self._collect(*self._arriving)
         except ProtocolError as fault:
             self.fault = self.fault or fault.message

@@ -1,4 +1,8 @@
-"""Large frames on their way through a worker: what they carry goes from pipe to pipe in the kernel (splice(2)), uncopied.
+"""Large frames on their way through a worker: what calls carry goes from pipe to pipe in the kernel (splice(2)), uncopied.
+
+What handlers answer is copied once, here. They may splice pages of a file into their pipe, and whoever reads such a page at
+last waits in read(2) for as long as its file system keeps it locked, also where the descriptor does not block (tried, with
+FUSE). That may be this worker, whose user has called them, and not a gate, which all users share.
 
 A parcel first collects a frame to its end, and only then is it written on: a gate that dies in the middle of a request, or a
 handler in the middle of a reply, leaves nothing behind in anybody's stream, and one who stops there holds up nobody.
@@ -55,13 +59,14 @@ class _Pipe:
 class Parcel:
     """A large frame's payload, and what is written in front of it.
 
-    missing: bytes that are still to be collected. size, also its length: bytes that are here. begun: some were written.
-    Whoever has it last calls `close`, unless all of it was written.
+    copied: it is collected in memory. missing: bytes that are still to be collected. size, also its length: bytes that are
+    here. begun: some were written. Whoever has it last calls `close`, unless all of it was written.
     """
 
-    __slots__ = ("_depot", "_parts", "begun", "missing", "size")
+    __slots__ = ("_copied", "_depot", "_parts", "begun", "missing", "size")
 
-    def __init__(self, depot: "Depot", beginning: bytes, missing: int) -> None:
+    def __init__(self, depot: "Depot", beginning: bytes, missing: int, *, copied: bool) -> None:
+        self._copied = copied
         self._depot = depot
         self._parts: list[bytes | memoryview | _Pipe] = []
         self.begun = False
@@ -104,7 +109,7 @@ class Parcel:
         while True:
             last = self._parts[-1] if self._parts else None
             if not isinstance(last, _Pipe):
-                pipe = None if self.missing < PIPE_MAX // 16 else self._depot.pipe()
+                pipe = None if self._copied or self.missing < PIPE_MAX // 16 else self._depot.pipe()
                 if pipe is None:
                     data = os.read(fd, min(self.missing, PIPE_MAX))
                     if len(data) < _SMALL and isinstance(last, bytes) and len(last) < _SMALL:
@@ -168,9 +173,9 @@ class Depot:
         self._wide: dict[int, float] = {}  # descriptor: when a large frame last came by
         loop.duties.append(self._narrow)
 
-    def parcel(self, beginning: bytes, missing: int) -> Parcel:
+    def parcel(self, beginning: bytes, missing: int, *, copied: bool = False) -> Parcel:
         """One to be collected. beginning: what is here already."""
-        return Parcel(self, beginning, missing)
+        return Parcel(self, beginning, missing, copied=copied)
 
     def pipe(self) -> _Pipe | None:
         """A pipe with nothing in it; None where there is none to be had."""
