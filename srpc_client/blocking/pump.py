@@ -10,6 +10,9 @@ from srpc_client.core import ClientCore
 from srpc_client.errors import CallTimeout, ConnectionLost, SrpcError
 from srpc_client.link import Link
 
+_INTERRUPTED = "interrupted while bytes were moved, nobody knows how many: what came next would be taken for their rest"
+"""Why a KeyboardInterrupt there ends the connection. While somebody waits (for a slow peer, and so mostly) it does not."""
+
 
 class Slot:
     """Where one request's answer is put."""
@@ -136,21 +139,23 @@ class Pump:
 
     def send(self) -> None:
         """Send as much as goes out now."""
-        waited = len(self._unsent) > 0
-        data = self._unsent or self.core.take()
         try:
+            waited = len(self._unsent) > 0
+            data = self._unsent or self.core.take()
             while data:
                 sent = self._link.send(data)
                 if sent < len(data):
                     data = memoryview(data)[sent:]
                     break
                 data = self.core.take() if self.core.waiting else b""
+            self._unsent = data
+            if bool(data) != waited:
+                self._poll.modify(self._link.fd, POLLIN if waited else POLLIN | POLLOUT)
         except ConnectionLost as fault:
             self.lose(fault)
-            return
-        self._unsent = data
-        if bool(data) != waited:
-            self._poll.modify(self._link.fd, POLLIN if waited else POLLIN | POLLOUT)
+        except BaseException:
+            self.lose(ConnectionLost(message=_INTERRUPTED))
+            raise
 
     def receive(self) -> None:
         """Take what has come in, and hand it to its slots."""
@@ -162,18 +167,21 @@ class Pump:
                 core.filled(count)
             else:
                 data = self._link.receive()
+            if data is None:
+                return
+            if not data and not count:
+                self.lose(None)
+                return
+            for slot, reply, error in core.receive(data):
+                slot.reply = reply
+                slot.error = error
+                slot.done = True
         except ConnectionLost as fault:
             self.lose(fault)
             return
-        if data is None:
-            return
-        if not data and not count:
-            self.lose(None)
-            return
-        for slot, reply, error in core.receive(data):
-            slot.reply = reply
-            slot.error = error
-            slot.done = True
+        except BaseException:
+            self.lose(ConnectionLost(message=_INTERRUPTED))
+            raise
         if core.failure is not None:
             self.lose(None)
         elif core.waiting:

@@ -82,6 +82,27 @@ def test_a_call_that_is_given_up_while_it_is_sent_leaves_the_connection_whole(da
         assert connection.call("/echo", b"small") == b"small"
 
 
+@pytest.mark.parametrize("method", ["send", "receive_into"])
+def test_an_interruption_in_the_middle_of_a_large_call_ends_the_connection(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def interrupted(self: Any, data: Any) -> Any:
+        original(self, data)
+        raise KeyboardInterrupt
+
+    with blocking.dial(**arguments(daemon)) as connection:
+        assert connection.call("/echo", b"first") == b"first"
+        link = type(connection.session.connection._pump._link)
+        original = getattr(link, method)
+        with monkeypatch.context() as patched:
+            patched.setattr(link, method, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                connection.call("/echo", payload_of(MIB))
+        # How much of it is gone is not known: what came next would be taken for the rest.
+        with pytest.raises(ConnectionLost):
+            connection.call("/echo", b"x" * MIB, timeout=5)
+
+
 @pytest.mark.parametrize("part", [10, 24, 100, 20_000, LARGE, 200_000])
 async def test_a_server_that_hangs_up_in_the_middle_of_a_large_reply_is_one_error(daemon: FakeDaemon, part: int) -> None:
     async with await srpc_client.dial(**arguments(daemon)) as connection:
