@@ -53,14 +53,16 @@ class Records:
 
     active: OpenSSL works on memory, so both directions have to go through here. It does so from the first large transfer on,
     because the memory (a portion) is not worth making for each, until little is sent several times, or `rest` is called.
+    moved: how many encrypted bytes the socket has taken since it is so.
     waits: encrypted bytes are left that the socket did not take.
     owes: so it is, and they are OpenSSL's own and not of what was to be sent: `receive` sends them.
     """
 
-    __slots__ = ("_ahead", "_outgoing", "_pointer", "_small", "_socket", "_ssl", "_tls", "active", "waits")
+    __slots__ = ("_ahead", "_outgoing", "_pointer", "_small", "_socket", "_ssl", "_tls", "active", "moved", "waits")
 
     def __init__(self, tls: SSL.Connection, socket: Any) -> None:
         self.active = False
+        self.moved = 0
         self.waits = False
         self._tls = tls
         self._ssl: Any = tls._ssl
@@ -192,6 +194,7 @@ class Records:
                 if size > _WAITING_MAX:
                     raise SSL.Error([("records", "", "the other end asks again and again, and takes no answer")]) from None
                 return False
+            self.moved += sent
             scratch = _idle.pop() if _idle else _Scratch()
             while sent:  # there is no other way to say that it is not needed any more
                 sent -= lib.BIO_read(self._outgoing, scratch.wire, min(sent, PORTION))

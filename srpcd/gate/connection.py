@@ -68,6 +68,7 @@ class Connection:
         self._stage = Stage.HANDSHAKE
         self._reading = self._writing = False
         self._backlog = Backlog()
+        self._moved = 0  # what the transport said last
         self._full = False  # the backlog was over its limit, and is not yet under half of it
         self._held: list[Link] = []
         self._routes: dict[int, Route] = {}
@@ -225,6 +226,9 @@ class Connection:
         if stage is Stage.OPEN:
             if session.known or session.serving:
                 self._stranger = now
+            if self._moved != self._transport.moved:  # some of a portion that TLS was given as one: it is not stuck
+                self._moved = self._transport.moved
+                self._backlog.since = now
             quiet = not session.busy and not session.serving
             if now - self._active > REST:
                 self._transport.rest()

@@ -32,8 +32,12 @@ class TransportError(Exception):
 
 
 class Plain:
-    """A connection on the local socket."""
+    """A connection on the local socket.
 
+    moved: changes when the client has taken something that `send` could not tell of yet.
+    """
+
+    moved = 0
     wants_write = False
 
     def __init__(self, sock: socket.socket) -> None:
@@ -166,6 +170,10 @@ class Tls(Plain):
             raise TransportError(f"read: {fault!r}") from None
         finally:
             self.wants_write = self._records.owes
+
+    @property
+    def moved(self) -> int:  # type: ignore[override]
+        return self._records.moved
 
     def send(self, data: bytes | memoryview) -> int:
         sent, size = 0, len(data)

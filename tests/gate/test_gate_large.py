@@ -133,6 +133,16 @@ def test_a_reader_that_stops_in_the_middle_of_a_large_answer_is_disconnected(sta
         client.frame()
 
 
+def test_a_reader_that_takes_a_little_at_a_time_is_not_disconnected(start: Start) -> None:
+    world = start("tls", stall=1.0)
+    client = ready(world, "size", buffers={"SO_SNDBUF": 1 << 13})
+    client.request(CALL, messages.call_body(3, b"300000"))
+    for _ in range(12):  # 16 KiB in each, so less than TLS is given at once in the time that is allowed
+        time.sleep(0.25)
+        client.frames += client.reader.feed(client.recv())
+    assert client.frame()[2] == bytes(300_004)
+
+
 @pytest.mark.parametrize("kind", ["local", "tls"])
 def test_the_last_words_come_behind_a_large_answer(start: Start, kind: str) -> None:
     world = start(kind)
