@@ -140,10 +140,9 @@ class Child:
                 self.kill(f"the monitor failed at its request: {fault!r}")
 
     def _errors_ready(self) -> None:
-        try:
+        data = b""
+        with suppress(OSError):  # nothing is there after its end, or a page of a file that was spliced in can't be read
             data = os.read(self._spawned.errors, 4096)
-        except BlockingIOError:
-            return
         if not data:
             asyncio.get_running_loop().remove_reader(self._spawned.errors)
         for line in data.decode(errors="replace").splitlines():
