@@ -192,6 +192,7 @@ class Link:
         if connection in self._holders:
             self._holders.discard(connection)
             if not self._holders and not self._failed:
+                self._oldest_since = self._loop.time()  # its answers could not come meanwhile
                 self._loop.add_reader(self._read, self._readable)
 
     def _readable(self) -> bool:

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Iterator
 from errno import EACCES
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from srpcd.gate.backlog import Backlog
 from srpcd.gate.conversation import prompt
 from srpcd.gate.gate import Gate
 from srpcd.gate.loop import Loop
-from srpcd.gate.routes import LinkBroken
+from srpcd.gate.routes import Link, LinkBroken
 from srpcd.session.effects import Forward
 from srpcd.session.fids import Attachment, Fid
 from srpcd.session.session import Session
@@ -196,3 +197,23 @@ def test_messages_for_connections_that_are_over_are_dropped_with_their_descripto
     here.clients[0].close()
     here.turn()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_worker_that_was_not_listened_to_is_not_taken_for_hung() -> None:
+    clock = [0.0]
+    ends = os.pipe(), os.pipe()
+    link = Link(Mock(loop=Mock(time=lambda: clock[0])), 1, ends[0][0], ends[1][1])
+    connection = Mock(number=3, peer="192.0.2.7")
+    link.send(connection, Forward(frames.CALL, 1, Fid(b"echo", Attachment(5)), bytes(4)))
+    link.check(0.0, 20.0, 65.0)
+    link.hold(connection)
+    clock[0] = 100.0
+    link.check(100.0, 20.0, 65.0)
+    link.release(connection)  # and only now what it has answered long ago can be read
+    taken_for_hung = []
+    for now in (100.5, 166.0):
+        link.check(now, 20.0, 65.0)
+        taken_for_hung.append(link.dead)
+    assert taken_for_hung == [False, True]
+    os.close(ends[0][1])
+    os.close(ends[1][0])
