@@ -12,7 +12,7 @@ import pytest
 from srpcd import ipc
 from srpcd.wire import frames
 from srpcd.wire.limits import LINE_OUTSTANDING_MAX, PAYLOAD_MAX
-from srpcd.worker.serve import PEERS_MAX
+from srpcd.worker.gates import PEERS_MAX
 
 if TYPE_CHECKING:
     from tests.worker.conftest import Bench, Gate
