@@ -20,7 +20,7 @@ from srpc_client import procedures, reach, requests, tls
 from srpc_client.address import CONNECT_TIMEOUT, Address, Local
 from srpc_client.errors import CallError, CallTimeout, Unreachable
 from srpc_client.link import Link
-from srpc_client.procedures import Ask, Book, Forget, Pause, Procedure, SessionState
+from srpc_client.procedures import Ask, Book, Forget, Identified, Pause, Procedure, SessionState
 from srpc_client.pump import Pump, Waiter
 from srpc_client.requests import Reply, Send
 from srpcd.wire.messages import Mechanism, PingReply, Prompt, StatReply
@@ -273,7 +273,7 @@ class Connection:
         await self.close()
 
 
-class Session:
+class Session(Identified):
     """One user's session on a connection. Paths are below its `aname`; a slash in front makes no difference.
 
     An async context manager that logs out; the connection goes on.
@@ -285,21 +285,6 @@ class Session:
         self._book = connection._book
         self._pump = connection._pump
         self._loop = connection._loop
-
-    @property
-    def user(self) -> str:
-        """The user's name."""
-        return self._state.user
-
-    @property
-    def mechanism(self) -> Mechanism:
-        """How the user was authenticated."""
-        return self._state.mechanism
-
-    @property
-    def aname(self) -> str:
-        """Where the session's paths begin."""
-        return self._state.aname
 
     async def call(
         self,

@@ -75,6 +75,27 @@ class SessionState:
         self.generation = 0  # how often it has been attached again
 
 
+class Identified:
+    """What a session of either kind says about itself."""
+
+    _state: SessionState
+
+    @property
+    def user(self) -> str:
+        """The user's name."""
+        return self._state.user
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """How the user was authenticated."""
+        return self._state.mechanism
+
+    @property
+    def aname(self) -> str:
+        """Where the session's paths begin."""
+        return self._state.aname
+
+
 class Book:
     """The fids of one connection: which is next, and the least recently used of those that paths are cached under."""
 

@@ -17,7 +17,7 @@ from srpc_client.blocking.pump import Pump, Slot
 from srpc_client.core import BUSY
 from srpc_client.errors import CallError, CallTimeout
 from srpc_client.link import Link
-from srpc_client.procedures import Ask, Book, Forget, Pause, Place, Procedure, SessionState
+from srpc_client.procedures import Ask, Book, Forget, Identified, Pause, Place, Procedure, SessionState
 from srpc_client.requests import Reply, Send
 from srpcd.wire.messages import Mechanism, PingReply, Prompt, StatReply
 
@@ -200,28 +200,13 @@ class Connection:
         self.close()
 
 
-class Session:
+class Session(Identified):
     """One user's session on a connection; as `srpc_client.Session`, blocking."""
 
     def __init__(self, connection: Connection, state: SessionState) -> None:
         self.connection = connection
         self._state = state
         self._book = connection._book
-
-    @property
-    def user(self) -> str:
-        """The user's name."""
-        return self._state.user
-
-    @property
-    def mechanism(self) -> Mechanism:
-        """How the user was authenticated."""
-        return self._state.mechanism
-
-    @property
-    def aname(self) -> str:
-        """Where the session's paths begin."""
-        return self._state.aname
 
     def call(self, path: str, payload: bytes, metadata: bytes = b"", timeout: float | None = None) -> bytes:
         """As `srpc_client.Session.call`, blocking."""
