@@ -43,6 +43,13 @@ _idle: list[_Scratch] = []
 """Kept for the next portion: one for all connections, and more only while several threads are at it."""
 
 
+def _scratch() -> _Scratch:
+    try:
+        return _idle.pop()  # without a look whether there is one: another thread may take it in between
+    except IndexError:
+        return _Scratch()
+
+
 def room_for_one() -> Any:
     """What `Records.get` reads into."""
     return ffi.new("char[]", RECORD)
@@ -106,8 +113,8 @@ class Records:
         Raises SSL.Error, OSError.
         """
         self._begin()
-        ssl, got = self._ssl, 0
-        scratch = _idle.pop() if _idle else _Scratch()
+        ssl, got, more = self._ssl, 0, 0
+        scratch = _scratch()
         try:
             # What the records need besides is asked for too. If that was too much, it comes after what was wanted.
             wanted = max(len(room), LARGE) + len(room) // 512 + RECORD
@@ -122,7 +129,6 @@ class Records:
                 size = len(room)
                 while got < size and (read := lib.SSL_read(ssl, place + got, size - got)) > 0:
                     got += read
-            more = 0
             if got == size:
                 while (read := lib.SSL_read(ssl, scratch.clear + more, len(scratch.clear) - more)) > 0:
                     more += read
@@ -134,9 +140,9 @@ class Records:
         except SSL.ZeroReturnError:
             return got, bytes(scratch.clear_view[:more])
         finally:
-            self._push()  # what OpenSSL had to say to that
             if not _idle:
                 _idle.append(scratch)
+            self._say(got + more)
 
     def put(self, data: bytes | memoryview) -> int:
         """SSL_write(3), on the socket, while `active` is not set. Returns how many bytes. Raises SSL.Error.
@@ -180,6 +186,15 @@ class Records:
             lib.SSL_set_bio(self._ssl, lib.BIO_new(lib.BIO_s_mem()), self._outgoing)  # they are OpenSSL's from here on
             lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_ENABLE_PARTIAL_WRITE)  # else each write ends with one record
 
+    def _say(self, got: int) -> None:
+        """Send what OpenSSL had to say to what it read. Raises as `_push`, but for an end where something was got: that
+        counts, and who reads or sends next learns of the end."""
+        try:
+            self._push()
+        except OSError:
+            if not got:
+                raise
+
     def _raise(self, result: int) -> None:
         self._tls._raise_ssl_error(self._ssl, result)
         raise SSL.Error([("records", "", "OpenSSL took or gave nothing")])
@@ -195,7 +210,7 @@ class Records:
                     raise SSL.Error([("records", "", "the other end asks again and again, and takes no answer")]) from None
                 return False
             self.moved += sent
-            scratch = _idle.pop() if _idle else _Scratch()
+            scratch = _scratch()
             while sent:  # there is no other way to say that it is not needed any more
                 sent -= lib.BIO_read(self._outgoing, scratch.wire, min(sent, PORTION))
             if not _idle:

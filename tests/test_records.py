@@ -9,6 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 
+from srpcd import records
 from srpcd.records import RECORD, Records
 from srpcd.wire.limits import LARGE, PORTION
 from tests.gate.world import certificate
@@ -224,3 +225,32 @@ def test_a_socket_that_is_gone_is_an_error(pair: MakePair) -> None:
     other.sock.close()
     with pytest.raises(OSError, match="pipe"):
         one.records.send(pattern(LARGE))
+
+
+@pytest.mark.parametrize("wanted", [0, LARGE])
+def test_the_last_words_of_one_who_took_no_more_are_heard(pair: MakePair, wanted: int) -> None:
+    one, other = pair(8192)
+    data = pattern(4 * PORTION)
+    assert one.send(data) < len(data)
+    assert one.records.waits
+    last = b"too much of it: this is the end"
+    assert other.send(last) == len(last)
+    other.sock.close()
+    room = bytearray(wanted)
+    count, rest = one.records.receive(memoryview(room))
+    assert bytes(room[:count]) + (rest or b"") == last
+    with pytest.raises(OSError, match="pipe"):
+        one.records.flush()
+
+
+def test_two_threads_do_not_take_the_same_scratch(pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Taken(list[object]):
+        """What another thread has emptied since anybody looked."""
+
+        def __bool__(self) -> bool:
+            return True
+
+    monkeypatch.setattr(records, "_idle", Taken())
+    one, other = pair()
+    data = pattern(2 * PORTION)
+    assert carry(one, other, [data]) == data
