@@ -30,6 +30,9 @@ _EVENTS = 128
 SHORT_READ = 4096
 """Bytes that are read first where the last frame was large, and so the next one probably is: what is read, is copied."""
 
+_CLOSING_MAX = 64
+"""Descriptors that wait for being closed, beyond which `close_later` closes at once: a worker has few to spare."""
+
 _JOIN = 64 * 1024
 """Bytes that are joined into one write: a pipe's capacity. What is longer is not copied."""
 
@@ -218,6 +221,13 @@ class Loop:
         if group not in self._paused:
             self._epoll.unregister(fd)
         self._closing.append(fd)
+
+    def close_later(self, fd: int) -> None:
+        """Close a descriptor that is not watched at the end of the pass, when what others wait for has been written."""
+        if len(self._closing) < _CLOSING_MAX:
+            self._closing.append(fd)
+        else:
+            os.close(fd)
 
     def pause(self, groups: "frozenset[int]") -> None:
         """Take these groups out of the loop, and all others in. (With an empty mask they would still report hang-ups.)"""

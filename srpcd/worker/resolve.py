@@ -14,6 +14,7 @@ from srpcd.openat2 import may_execute, open_beneath, open_pipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 ROOT_SECONDS = 1.0
@@ -46,10 +47,14 @@ def check_path(path: str) -> None:
 
 
 class Tree:
-    """The tree of endpoints. path: its root directory, which may be a symbolic link or be replaced by another one."""
+    """The tree of endpoints. path: its root directory, which may be a symbolic link or be replaced by another one.
 
-    def __init__(self, path: str) -> None:
+    close: closes a descriptor, not necessarily at once.
+    """
+
+    def __init__(self, path: str, close: "Callable[[int], None]" = os.close) -> None:
         self._path = path
+        self._close = close
         self._root = -1
         self._inode = (-1, -1)
         self._looked = -ROOT_SECONDS
@@ -141,7 +146,7 @@ class Tree:
         if fd < 0:
             return False
         found = os.fstat(fd)
-        os.close(fd)
+        self._close(fd)
         return found.st_ino == ino and found.st_dev == dev and found.st_mode & _S_IFMT == _S_IFIFO
 
     def check_execute(self, fd: int) -> None:

@@ -42,7 +42,7 @@ class Worker:
 
     def __init__(self, setup: WorkerSetup, sock: "Socket", pipe: int) -> None:
         self.loop = Loop()
-        self.tree = Tree(setup.tree)
+        self.tree = Tree(setup.tree, self.loop.close_later)
         self.calls = Calls(self.loop, setup.call_timeout / 1000)
         self.services = Services(self.loop, self.tree, self.tell, self.calls.timeout)
         self._setup = setup

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from srpcd import ipc
+from srpcd.wire import frames
+from srpcd.worker.loop import Loop
 from srpcd.worker.resolve import ROOT_SECONDS, Tree
+from tests.worker.conftest import call_body
 
 if TYPE_CHECKING:
     from tests.worker.conftest import Bench, Gate, Handler
@@ -147,6 +150,42 @@ def test_nothing_is_left_open(bench: "Bench", gate: "Gate", served: Served) -> N
     no_permission(bench.tree)
     assert gate.outcome(gate.start(PATH, b"", inode)) == errno.EACCES
     assert bench.descriptors() == before
+
+
+def test_nothing_is_left_open_by_calls_on_many_endpoints_that_come_together(bench: "Bench", gate: "Gate") -> None:
+    served = {}
+    for number in range(100):  # more than may wait for being closed
+        name = f"echo{number}"
+        served[name] = bench.announced(gate, name)
+        read(bench.tree / name)
+    before = bench.descriptors()
+    bodies = [call_body(name, *inode, b"all") for name, (inode, _handler) in served.items()]
+    gate.send_raw(b"".join(frames.frame(ipc.CALL, 10_000 + tag, body) for tag, body in enumerate(bodies)))
+    for _inode, handler in served.values():
+        seq, payload = handler.request()
+        handler.reply(seq, payload)
+    assert {gate.receive()[:2] for _ in bodies} == {(ipc.CALLED, 10_000 + tag) for tag in range(100)}
+    assert bench.descriptors() == before
+
+
+def test_only_so_many_descriptors_wait_for_being_closed() -> None:
+    loop = Loop()
+    opened = [os.open("/", os.O_PATH) for _ in range(70)]
+    for fd in opened:
+        loop.close_later(fd)
+    assert [is_open(fd) for fd in opened] == [True] * 64 + [False] * 6
+    loop.turn()
+    loop._alarm.close()
+    assert not any(map(is_open, opened))
+
+
+def is_open(fd: int) -> bool:
+    """Whether it is a descriptor of this process."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 # --- one look-up -------------------------------------------------------------------------------------------------------
