@@ -207,7 +207,7 @@ class FrameReader:
     def _frames(self, data: bytes) -> "Iterator[tuple[int, int, bytes]]":
         if self._begun is not None:
             size = self.large
-            self._keep(data if len(data) <= size else data[:size])
+            self._keep(memoryview(data)[:size])
             if self.large:
                 return
             kind, seq, head = self._begun
@@ -278,34 +278,35 @@ class FrameReader:
         self._begun = (kind, seq, beginning[:size])
         self.large = missing + len(beginning) - size
         self._room = 0
-        self._keep(beginning[size:] if size else beginning)
+        self._keep(memoryview(beginning)[size:])
 
     def room(self) -> memoryview:
         """Where the next bytes of the large frame belong, or some of them. To be released before anything else is done."""
+        self._make_room(0)
+        return self._collected.getbuffer()[self._collected.tell() : self._room]
+
+    def _make_room(self, coming: int) -> None:
+        """See to it that there is room. coming: bytes that are here, and for which it has to be enough."""
         collected = self._collected
         filled = collected.tell()
-        if self._room - filled < _ROOM_MIN and self._room < filled + self.large:
+        if self._room - filled < max(coming, _ROOM_MIN) and self._room < filled + self.large:
             # For all of it at once, which spares it being moved again and again; but only in proportion to what has come, or
             # a header alone would cost us 16 MiB.
-            self._room = min(max(filled * _AHEAD, LARGE), filled + self.large)
+            self._room = min(max((filled + coming) * _AHEAD, LARGE), filled + self.large)
             collected.seek(self._room - 1)
             collected.write(b"\0")
             collected.seek(filled)
-        return collected.getbuffer()[filled : self._room]
 
     def filled(self, count: int) -> None:
         """So many bytes were put into `room`. `feed` follows, with what came after them, and yields what they complete."""
         self._collected.seek(count, SEEK_CUR)
         self.large -= count
 
-    def _keep(self, data: bytes) -> None:
-        """Add to what is collected of a large frame."""
-        while data:
-            with self.room() as room:
-                size = min(len(room), len(data))
-                room[:size] = data[:size]
-            self.filled(size)
-            data = data[size:]
+    def _keep(self, data: memoryview) -> None:
+        """Add to what is collected of a large frame what has come of it."""
+        self._make_room(len(data))
+        self._collected.write(data)
+        self.large -= len(data)
 
 
 class Receiver:
