@@ -1,6 +1,8 @@
 """Functions of the C library: arguments of their whole width, errno, and the lack of one."""
 
 import ctypes
+import subprocess
+import sys
 from errno import EBADF, EINVAL
 
 import pytest
@@ -31,3 +33,32 @@ def test_a_failure_has_the_errno_of_the_call() -> None:
 def test_a_function_that_is_not_there_is_an_error_at_once() -> None:
     with pytest.raises(OSError, match="nonesuch"):
         libc.function("nonesuch", libc.Int)
+
+
+USE = """
+import resource, sys
+from srpcd import libc
+if sys.argv[1]:
+    libc.keep_memory(int(sys.argv[1]))
+
+def use():
+    blocks = [bytearray(100_000) for _ in range(10)]
+
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(kept: str) -> int:
+    """Page faults of a process that takes and frees a megabyte twenty times."""
+    command = [sys.executable, "-c", USE, kept]
+    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
+def test_memory_is_kept_for_what_comes_next() -> None:
+    assert faults("") > 20 * 200
+    assert faults(str(2**20)) < 20
+    assert faults(str(400_000)) > 20 * 20, "no more is kept than was asked for"

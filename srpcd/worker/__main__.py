@@ -8,6 +8,8 @@ import gc
 import sys
 
 _SOCKET, _PIPE = 3, 4
+_BLOCK_KEPT = 2 * 1024 * 1024
+"""Bytes of a block of memory that is not given back each time: the largest read, and more."""
 
 
 def main() -> None:
@@ -21,11 +23,12 @@ def main() -> None:
     import os  # noqa: PLC0415
     from _socket import socket  # noqa: PLC0415
 
-    from srpcd import ipc  # noqa: PLC0415
+    from srpcd import ipc, libc  # noqa: PLC0415
     from srpcd.worker.serve import Worker  # noqa: PLC0415
 
     gc.freeze()
     gc.enable()
+    libc.keep_memory(_BLOCK_KEPT)
     for fd in (_SOCKET, _PIPE):
         os.set_inheritable(fd, False)  # not for programs
     sock = socket(fileno=_SOCKET)
