@@ -12,7 +12,7 @@ from OpenSSL import SSL
 
 from srpc_client.errors import ConnectionLost, UntrustedServer
 from srpcd.records import RECORD, Records, room_for_one
-from srpcd.wire.limits import LARGE, READ_SIZE
+from srpcd.wire.limits import READ_SIZE
 
 _NO_ROOM = memoryview(b"")
 _UCRED = struct.Struct("3i")
@@ -96,20 +96,15 @@ class TlsLink:
 
     def send(self, data: bytes | memoryview) -> int:
         # Whoever calls again after a partial send begins with the same bytes: OpenSSL may have a record of them under way.
-        sent = 0
         try:
-            if len(data) >= LARGE or self._records.active:
+            if len(data) > RECORD or self._records.active:
                 return self._records.send(data)
-            if len(data) <= RECORD:
-                return self._records.put(data)
-            view = memoryview(data)
-            while sent < len(data):
-                sent += self._records.put(view[sent : sent + RECORD])
+            return self._records.put(data)
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except (SSL.Error, OSError) as fault:
             raise self._lost(fault) from None
-        return sent
+        return 0
 
     def receive_into(self, room: memoryview) -> tuple[int, bytes | None]:
         try:

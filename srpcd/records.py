@@ -1,10 +1,10 @@
-"""Large data through TLS: many records in one system call.
+"""What is more than one TLS record: many of them in one system call.
 
 TLS cuts data into records of 16 KiB, and OpenSSL, on a socket, makes one write for each of them and two reads: for a
 megabyte that is more work than its encryption (measured on loopback: 380 µs to send one, 55 of which are AES). So while
-something large passes, records are exchanged with OpenSSL in memory (BIO_s_mem(3)), and with the socket by the hundred
-kilobytes. For small messages that would be a detour, and memory for each connection: so OpenSSL is on the socket again when
-several small ones were sent in a row, or whoever has the connection sees that it rests.
+something passes that takes several, records are exchanged with OpenSSL in memory (BIO_s_mem(3)), and with the socket by the
+hundred kilobytes. For small messages that would be a detour, and memory for each connection: so OpenSSL is on the socket
+again when several small ones were sent in a row, or whoever has the connection sees that it rests.
 
 Gate and client library share this. Whoever calls waits for the descriptor, and calls again.
 """
@@ -91,7 +91,7 @@ class Records:
         """
         view, done = memoryview(data), 0
         self._begin()
-        self._small = 0 if len(view) >= LARGE else self._small + 1
+        self._small = 0 if len(view) > RECORD else self._small + 1
         while self._push():
             done += self._ahead
             self._ahead = 0

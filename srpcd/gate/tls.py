@@ -15,7 +15,7 @@ from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 
 from srpcd.records import RECORD, Records, room_for_one
-from srpcd.wire.limits import LARGE, READ_SIZE
+from srpcd.wire.limits import READ_SIZE
 
 ALPN = b"srpc/1"
 """The protocol's name and version (RFC 7301)."""
@@ -176,20 +176,15 @@ class Tls(Plain):
         return self._records.moved
 
     def send(self, data: bytes | memoryview) -> int:
-        sent, size = 0, len(data)
         try:
-            if size >= LARGE or self._records.active:
+            if len(data) > RECORD or self._records.active:
                 return self._records.send(data)
-            sent = self._records.put(data)
-            if sent < size:
-                rest = memoryview(data)
-                while sent < size:
-                    sent += self._records.put(rest[sent:])
+            return self._records.put(data)
         except (SSL.WantWriteError, SSL.WantReadError):
             pass
         except (SSL.Error, OSError) as fault:
             raise TransportError(f"write: {fault!r}") from None
-        return sent
+        return 0
 
     def rest(self) -> None:
         self._records.rest()
