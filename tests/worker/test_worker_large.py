@@ -111,7 +111,7 @@ def test_a_request_that_passes_is_not_in_the_workers_memory(bench: "Bench", gate
     handler.reply(seq, b"")
     assert gate.reply(1000) == bytes(4)
     assert found == payload
-    assert peak() - before < 2 * MIB
+    assert peak() - before < 4 * MIB  # of 16: what is read at a time, and what is kept for the next read
 
 
 def test_a_gate_that_dies_or_stops_half_way_leaves_nothing_with_the_handler(bench: "Bench", gate: "Gate") -> None:
