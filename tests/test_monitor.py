@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from errno import EACCES, ETIMEDOUT
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ from srpcd.monitor import accounts, children, launch
 from srpcd.monitor import monitor as module
 from srpcd.monitor.endpoints import Endpoints
 from srpcd.monitor.forked import Turns
+from srpcd.monitor.lines import Endpoint
 from srpcd.monitor.logins import Logins
 from srpcd.monitor.monitor import Monitor
 from srpcd.monitor.probe import Proof
@@ -107,6 +109,33 @@ async def test_what_changed_while_a_right_was_proved_is_looked_at_again(changed:
     vars(worker).update(identity=identity, quota=None, waiting=1, state=None, endpoints=set())
     await Endpoints._lines_wanted(endpoints, worker, "echo", (1, 2))
     assert doubted == ([(worker, endpoint)] if changed else [])
+
+
+@pytest.mark.parametrize("held_up", [0, ETIMEDOUT])
+async def test_no_refusal_is_put_off_by_what_changes_again_and_again(held_up: int) -> None:
+    """A user can hold up his own probes, and change an endpoint of his own meanwhile: that one alone is doubted anew."""
+    worker: Any = object.__new__(children.Worker)
+    identity = launch.Identity(20_000, 20_000, ())
+    vars(worker).update(identity=identity, quota=None, doubted={}, endpoints=set(), state=None)
+    own: Endpoint[Any] = Endpoint((1, 1, "own"), [], 0, False)
+    other: Endpoint[Any] = Endpoint((1, 2, "other"), [], 0, False)
+    worker.doubted.update({own: None, other: None})
+
+    async def probe(_identity: object, _quota: object, path: str, *_: object) -> Proof:
+        await asyncio.sleep(0.01)
+        if path == "other":
+            return Proof(EACCES, [])
+        own.changed += 1
+        return Proof(held_up, [])
+
+    settled: list[tuple[str, int]] = []
+    endpoints: Any = SimpleNamespace(_probe=probe)
+    endpoints._settled_caller = lambda _worker, endpoint, errno: settled.append((endpoint.path, errno))
+    task = asyncio.create_task(Endpoints._settle(endpoints, worker))
+    await asyncio.sleep(0.2)
+    task.cancel()
+    assert ("other", EACCES) in settled
+    assert (("own", ETIMEDOUT) in settled) == bool(held_up)
 
 
 async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monkeypatch: pytest.MonkeyPatch) -> None:

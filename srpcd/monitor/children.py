@@ -213,7 +213,7 @@ class Worker(Child):
         self.lines = self.waiting = self.wanted = 0
         self.idle: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[None]] = set()
-        self.doubted: set[Endpoint[Worker]] = set()  # whether it may still call these
+        self.doubted: dict[Endpoint[Worker], None] = {}  # in this order, whether it may still call these
 
 
 class Session(NamedTuple):

@@ -61,7 +61,7 @@ class Connection:
         self.sessions: dict[int, Session] = {}
         self.announcements: dict[int, tuple[Endpoint[Worker], Announcement]] = {}
         self.tasks: set[asyncio.Task[None]] = set()
-        self.doubted: set[Endpoint[Worker]] = set()  # whether it may still serve these
+        self.doubted: dict[Endpoint[Worker], None] = {}  # in this order, whether it may still serve these
         counts.change(self, +1)
 
     def becomes_known(self) -> None:

@@ -6,7 +6,7 @@ Whatever a right depends on is proved by a probe, anew whenever something about 
 import asyncio
 import os
 import time
-from errno import EACCES, EAGAIN, EPERM
+from errno import EACCES, EAGAIN, ENOENT, EPERM, ESTALE
 from typing import TYPE_CHECKING
 
 from srpcd import ipc, selinux
@@ -201,7 +201,7 @@ class Endpoints:
         """Probe again, soon, whether somebody may still serve or call an endpoint."""
         if not whose.doubted:  # one probe at a time for each of them: whoever has his own ones take long delays nobody else
             self._monitor.run(whose, self._settle(whose))
-        whose.doubted.add(endpoint)
+        whose.doubted.setdefault(endpoint)
 
     async def _settle(self, whose: Connection | Worker) -> None:
         calls, identity = isinstance(whose, Worker), whose.identity
@@ -213,19 +213,25 @@ class Endpoints:
             ipc.close_all(chain)
             if errno == EAGAIN:
                 await asyncio.sleep(1.0)  # there was no process for it
-            elif endpoint.changed == changed:  # else it is doubted anew
-                whose.doubted.discard(endpoint)
-                if isinstance(whose, Worker):
-                    self._settled_caller(whose, endpoint, errno)
-                elif errno and any(each is endpoint for each, _server in whose.announcements.values()):
-                    name = "/" + endpoint.path
-                    self._monitor.told("announce", whose, errno, uid=identity.uid, endpoint=name, reason="no longer")
-                    self._monitor.connection_over(whose)  # the client library comes again, and is told why
+            del whose.doubted[endpoint]
+            if errno == EAGAIN or (not errno and endpoint.changed != changed):
+                # Anew, but the others first: whoever keeps changing one of his own must not put off all that is behind it.
+                whose.doubted[endpoint] = None
+            elif isinstance(whose, Worker):
+                self._settled_caller(whose, endpoint, errno)
+            elif errno and any(each is endpoint for each, _server in whose.announcements.values()):
+                name = "/" + endpoint.path
+                self._monitor.told("announce", whose, errno, uid=identity.uid, endpoint=name, reason="no longer")
+                self._monitor.connection_over(whose)  # the client library comes again, and is told why
 
     def _settled_caller(self, worker: Worker, endpoint: Endpoint[Worker], errno: int) -> None:
-        """Kill a worker that may not call and could, since it has a line; one that has none has to ask again."""
+        """Kill a worker that may not call and could, since it has a line; one that has none has to ask again.
+
+        Nor is it believed that it has none, unless the pipe itself is gone, as when a service has ended in good order.
+        """
         lines = [(server, endpoint.lines.get((server.number, worker), 0)) for server in endpoint.servers]
-        if errno and any(number for _server, number in lines):
+        kept = worker in endpoint.given and errno not in (ENOENT, ESTALE)
+        if errno and (kept or any(number for _server, number in lines)):
             worker.kill(f"may no longer call /{endpoint.path} (errno {errno})")
         elif errno:
             self.forget_caller(worker, endpoint)
@@ -238,6 +244,7 @@ class Endpoints:
     def forget_caller(self, worker: Worker, endpoint: Endpoint[Worker]) -> None:
         worker.endpoints.discard(endpoint)
         endpoint.callers.discard(worker)
+        endpoint.given.discard(worker)
         self._register.release(endpoint)
 
     def worker_gone(self, worker: Worker) -> None:

@@ -67,7 +67,8 @@ class Endpoint(Generic[W]):
 
     chain: O_PATH descriptors, tree root first, the pipe last. owner: uid on whose account they are. labelled: SELinux is
     on. seen: what `revoke` has looked at; None at first, so that nobody else's probe can hide a change. changed: when
-    that last was another (monotonic seconds). lines: numbers, by announcement and worker.
+    that last was another (monotonic seconds). lines: numbers, by announcement and worker. given: callers that ever had one:
+    a line that is over here may still be open between a worker and a service that both keep it so.
     """
 
     def __init__(self, key: tuple[int, int, str], chain: list[int], owner: int, labelled: bool) -> None:
@@ -80,6 +81,7 @@ class Endpoint(Generic[W]):
         self.callers: set[W] = set()
         self.changed = 0.0
         self.lines: dict[tuple[int, W], int] = {}
+        self.given: set[W] = set()
 
     @property
     def path(self) -> str:
@@ -223,6 +225,7 @@ class Register(Generic[W]):
             raise
         self.lines[number] = Line(endpoint, server, worker, directory, opened[0], label)
         endpoint.lines[server.number, worker] = number
+        endpoint.given.add(worker)
         return number, opened[1], opened[2]
 
     def opened(self) -> None:

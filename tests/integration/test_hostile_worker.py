@@ -206,6 +206,20 @@ def test_a_line_that_it_keeps_after_the_right_was_taken_away_is_of_no_use_for_lo
         pipe.chmod(mode)
 
 
+def test_nor_is_one_that_it_says_is_gone(alice: blocking.Connection, daemon: realm.Daemon) -> None:
+    """The monitor forgets such a line, but the pipe may be open at both ends as before."""
+    pipe = daemon.tree / "calc/echo"
+    mode = pipe.stat().st_mode & 0o777
+    taken = keep_line(alice)
+    assert run(alice, "tell(ipc.LineGone(setup.__dict__['kept'][0].line)); result = 1") == 1
+    time.sleep(0.2)
+    try:
+        pipe.chmod(0o600)
+        assert stage.eventually(lambda: not processes.alive(taken), 5)
+    finally:
+        pipe.chmod(mode)
+
+
 STOP = """
 for n in range(12):
     attempt(lambda: os.mkfifo(f'{setup.tree}/bobs/{n}'))
