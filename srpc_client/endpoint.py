@@ -23,8 +23,9 @@ class EndpointPipe:
 
     tree: the tree's root directory. path: as announced. mode, group: for a pipe that is made; group by name or number, or
     None for the process's own.
-    `made` tells whether this made it. It is held open for reading, which a worker's permission check finds and which
-    keeps the inode from being used again; nobody reads it, and no data goes through it.
+    `endpoint` is the path as the daemon has it. `made` tells whether this made it. It is held open for reading, which a
+    worker's permission check finds and which keeps the inode from being used again; nobody reads it, and no data goes
+    through it.
     Raises SrpcError, with a sentence that names the file.
     """
 
@@ -36,6 +37,7 @@ class EndpointPipe:
         if not elements:
             raise SrpcError(EINVAL, "the tree's root is a directory, and only a file below it can be announced")
         self.path = os.path.join(tree, *elements)
+        self.endpoint = "/" + "/".join(elements)
         self.made = False
         self._name = elements[-1]
         group_id = _group(group)

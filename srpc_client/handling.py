@@ -147,11 +147,16 @@ class Request:
 
 
 class HandlerCore(frames.Receiver):
-    """The state of one line: its caller, what is not answered yet, and what waits to be written."""
+    """The state of one line: its caller, what is not answered yet, and what waits to be written.
 
-    __slots__ = ("_large", "_out", "_outstanding", "_reader", "caller", "on_answer", "over", "waiting")
+    endpoint: the path that it has to be a line of, which its first frame says; empty: any. It was found by a number that
+    came from a gate, and calls must reach no handler but that of the endpoint on which they were permitted.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_endpoint", "_large", "_out", "_outstanding", "_reader", "caller", "on_answer", "over", "waiting")
+
+    def __init__(self, endpoint: str = "") -> None:
+        self._endpoint = endpoint
         self.caller: "Caller | None" = None
         """Known from the first frame on."""
         self.waiting = 0
@@ -187,7 +192,10 @@ class HandlerCore(frames.Receiver):
             else:
                 if self.caller is not None:
                     raise ProtocolError(EPROTO, "a line has one caller", seq)
-                self.caller = Caller.parse(body)
+                caller = Caller.parse(body)
+                if self._endpoint not in ("", caller.endpoint):
+                    raise ProtocolError(EPROTO, f"a line of another endpoint, {caller.endpoint!r}", seq)
+                self.caller = caller
         return new
 
     def answer(self, request: Request, frame: bytes, payload: bytes = b"") -> None:

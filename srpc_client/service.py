@@ -31,6 +31,7 @@ from srpc_client.address import Address, Local
 from srpc_client.connection import Connection, connect
 from srpc_client.endpoint import EndpointPipe, open_line
 from srpc_client.errors import CallError, ConnectionLost, SrpcError
+from srpc_client.handling import HandlerCore
 from srpc_client.line import Line
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.wire.messages import AnnounceReply, ListenReply, PingReply
@@ -140,7 +141,7 @@ class Announcement:
     def _line(self, number: int) -> None:
         address = self._announcer.address
         try:
-            line = Line(*open_line(address.path, number), self.handler)
+            line = Line(*open_line(address.path, number), self.handler, HandlerCore(self._pipe.endpoint))
         except SrpcError as fault:
             _log.warning("%s: %s", self.path, fault)
             return

@@ -125,14 +125,14 @@ class _Endpoint:
 class _Line:
     """One caller's line."""
 
-    def __init__(self, service: "_Service", handler: "Handler", receive: int, send: int) -> None:
-        self._service, self._handler, self._receive, self._send = service, handler, receive, send
-        self.core = HandlerCore()
+    def __init__(self, endpoint: _Endpoint, receive: int, send: int) -> None:
+        self._service, self._handler, self._receive, self._send = endpoint.service, endpoint.handler, receive, send
+        self.core = HandlerCore(endpoint.pipe.endpoint)
         self._requests: deque[Request] = deque()
         self._unsent: bytes | memoryview = b""
         self._reading = True
-        service.epoll.register(receive, EPOLLIN)
-        service.sources[receive] = self._readable
+        self._service.epoll.register(receive, EPOLLIN)
+        self._service.sources[receive] = self._readable
 
     def _readable(self, _events: int) -> None:
         try:
@@ -267,7 +267,7 @@ class _Service:
         except SrpcError as fault:
             _log.warning("%s: %s", endpoint.path, fault)
             return
-        self.lines.add(_Line(self, endpoint.handler, receive, send))
+        self.lines.add(_Line(endpoint, receive, send))
 
     def _tick(self, _events: int = 0) -> None:
         self._alarm.clear()

@@ -136,6 +136,19 @@ def test_a_line_that_does_not_speak_as_a_worker_is_closed(
     local.wait_for(lambda: not bad.read())
 
 
+def test_a_line_of_another_endpoint_is_closed(local: FakeDaemon, serve: Serve, make_line: MakeLine) -> None:
+    other = messages.Caller(1001, 1001, [1001], "alice", None, "/calc/harmless")
+    bad, good = make_line(1, other), make_line(2)
+    serve()
+    bad.call(1, b"1 2")
+    local.tell_line(1)
+    local.tell_line(2)
+    good.call(1, b"1 2")
+    assert good.reply(1) == b"3"
+    local.wait_for(lambda: not bad.read())
+    assert not bad.answers
+
+
 def test_callers_come_and_go(local: FakeDaemon, serve: Serve, make_line: MakeLine) -> None:
     serve()
     before = len(os.listdir("/proc/self/fd"))

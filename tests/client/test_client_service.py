@@ -276,6 +276,21 @@ async def test_a_line_that_does_not_begin_with_its_caller_is_closed_and_the_serv
         await until(lambda: not bad.read())
 
 
+async def test_a_line_of_another_endpoint_is_closed_whoever_told_its_number(
+    local: FakeDaemon, tree: Path, make_line: MakeLine
+) -> None:
+    """A gate that was taken over tells it, to have calls on one endpoint of a service reach the handler of another."""
+    other = messages.Caller(1001, 1001, [1001], "alice", None, "/calc/harmless")
+    bad, _good = make_line(1, other), make_line(2)
+    bad.call(1, b"1 2")
+    async with announced(local, tree, "calc/add") as announcement:
+        local.tell_line(1)
+        line = await first_line(local, announcement, 2)
+        assert line.caller.endpoint == "/calc/add"
+        await until(lambda: not bad.read())
+    assert not bad.answers
+
+
 # --- handlers ----------------------------------------------------------------------------------------------------------
 
 
