@@ -194,10 +194,12 @@ class Connection:
         try:
             return await waiter
         except asyncio.CancelledError:
-            made = waiter.done() and not waiter.cancelled() and waiter.exception() is None
-            if made and request.fid:  # the answer was there already, and nobody took it
+            refused = waiter.done() and not waiter.cancelled() and waiter.exception() is not None
+            outstanding = pump.core.cancel(seq, request.fid)
+            # The answer was there already, and nobody took it; or it came between the waiter's cancelling and now, and was
+            # dropped: then it may be an error, and the clunk gets one too, which does no harm.
+            if not outstanding and not refused and request.fid:
                 pump.core.clunk(request.fid)
-            pump.core.cancel(seq, request.fid)
             pump.submit()
             raise
 

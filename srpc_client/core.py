@@ -138,20 +138,22 @@ class ClientCore(frames.Receiver, Generic[W]):
         self.waiting += 20 + len(body)
         return seq
 
-    def cancel(self, seq: int, fid: int = 0) -> None:
+    def cancel(self, seq: int, fid: int = 0) -> bool:
         """Nobody waits for this request any more: flush it where that is possible, and drop its answer.
 
-        fid: the one that the request makes if it succeeds after all; it is clunked then.
+        fid: the one that the request makes if it succeeds after all; it is clunked then. Returns False if it is not
+        outstanding any more.
         """
         entry = self._outstanding.get(seq)
         if entry is None or entry[1] is None or self.failure is not None:
-            return
+            return False
         self._outstanding[seq] = (entry[0], None)
         if fid:
             self._orphans[seq] = fid
         if entry[0] in _CANCELLABLE:
             self._to_flush.append(seq)
             self._send_flushes()
+        return True
 
     def clunk(self, fid: int) -> None:
         """Forget a fid, whatever the server says to that; does nothing on a connection that is over."""
