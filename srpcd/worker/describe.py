@@ -27,6 +27,9 @@ _FRESH = 100_000_000
 """Nanoseconds. A directory that changed so short a time ago may change again under the same time stamp, whose clock
 ticks every few milliseconds: its listing is not kept."""
 
+_LATEST = (1 << 63) - 1
+"""Nanoseconds, in the year 2262. Some file systems keep whatever time a file's owner sets: others' stat must not fail."""
+
 
 class Names:
     """Names of users and groups, by number; the number itself where it has none."""
@@ -160,7 +163,7 @@ class Describer:
             found.st_mode & 0o7777,
             found.st_uid,
             found.st_gid,
-            max(0, found.st_mtime_ns),
+            min(max(0, found.st_mtime_ns), _LATEST),
             kind != SERVICE,
             readable,
             more,

@@ -153,6 +153,14 @@ def test_stat_tells_what_ls_would(tree: Path, gate: "Gate") -> None:
     assert gate.stat("d/run").mode == 0o710
 
 
+def test_a_time_that_no_message_can_hold_is_told_as_the_latest(tree: Path, gate: "Gate") -> None:
+    """Whoever owns a file in the tree sets its time; the workers of those who look at it must not end by that."""
+    (tree / "d").mkdir()
+    for late in (10**20, -(10**18)):  # tmpfs and Btrfs keep the first as it is, others cut it
+        os.utime(tree / "d", ns=(late, late))
+        assert gate.stat("d").mtime == (2**63 - 1 if late > 0 else 0)
+
+
 def test_a_user_without_a_name_is_told_by_number(tree: Path, gate: "Gate") -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
