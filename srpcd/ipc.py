@@ -39,7 +39,7 @@ from _socket import socket as Socket
 from struct import Struct, pack, unpack_from
 from struct import error as StructError
 
-from srpcd.wire.limits import CALL_MAX, ERROR_MESSAGE_MAX, JSON_MAX, NAME_MAX, PATH_MAX, STAT_REPLY_MAX
+from srpcd.wire.limits import CALL_MAX, ERROR_MESSAGE_MAX, JSON_MAX, NAME_MAX, PATH_MAX, STAT_PAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ TO_WORKER = {
 }
 FROM_WORKER = {
     WALKED: WALKED_BODY.size,
-    STATTED: STAT_REPLY_MAX,
+    STATTED: STAT_PAGE * (4 + NAME_MAX) + JSON_MAX,  # a page of names, and what is said about the file
     CALLED: CALL_MAX,
     FLUSHED: 0,
     WORKER_ERROR: ERROR_HEAD.size + max(JSON_MAX, ERROR_MESSAGE_MAX),

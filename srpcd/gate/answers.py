@@ -71,7 +71,7 @@ def _stat(forward: Forward, body: bytes) -> StatReply:
         stat = ipc.Message.unpack(body)
     except ipc.MessageError:
         raise LinkBroken from None
-    if not isinstance(stat, ipc.Stat) or stat.kind not in KINDS:
+    if not isinstance(stat, ipc.Stat) or stat.kind not in KINDS or len(stat.children) > forward.limit:
         raise LinkBroken
     return StatReply(
         qid=f"{stat.dev}:{stat.ino}",

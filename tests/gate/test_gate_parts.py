@@ -23,6 +23,7 @@ from srpcd.session.fids import Attachment, Fid
 from srpcd.session.session import Session
 from srpcd.wire import frames
 from srpcd.wire.frames import PING, frame
+from srpcd.wire.limits import STAT_PAGE
 
 
 @given(st.lists(st.binary(min_size=1, max_size=300_000), max_size=12), st.lists(st.integers(0, 100_000), max_size=40))
@@ -94,6 +95,7 @@ NONSENSE = [
     (frames.STAT, ipc.STATTED, STAT.pack()[:-1]),
     (frames.STAT, ipc.STATTED, ipc.Ready(0).pack()),
     (frames.STAT, ipc.STATTED, ipc.Stat(*(STAT.__dict__ | {"kind": 9}).values()).pack()),
+    (frames.STAT, ipc.STATTED, ipc.Stat(*(STAT.__dict__ | {"children": ("a", "b")}).values()).pack()),  # none was asked for
 ]
 
 
@@ -101,6 +103,12 @@ NONSENSE = [
 def test_an_answer_that_does_not_fit_the_request_is_no_workers(asked: int, kind: int, body: bytes) -> None:
     with pytest.raises(LinkBroken):
         give(Session(True), Forward(asked, 1, Fid(b"a", Attachment(1))), kind, body)
+
+
+def test_a_stat_costs_the_gate_no_more_than_a_page_of_names_may() -> None:
+    """Empty names are short, and each costs time of everybody's: four megabytes of them cost the better part of a second."""
+    longest = ipc.Stat(*(STAT.__dict__ | {"children": ("ä" * 127,) * STAT_PAGE, "context": "x" * 4096}).values()).pack()
+    assert len(longest) <= ipc.FROM_WORKER[ipc.STATTED] < 2 * len(longest)
 
 
 @given(st.sampled_from([frames.WALK, frames.STAT, frames.CALL]), st.sampled_from(sorted(ipc.FROM_WORKER)), st.binary())
