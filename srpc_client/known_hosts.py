@@ -53,7 +53,8 @@ class KnownHosts:
     def trust(self, where: Remote, pin: str) -> None:
         """Make this the one pin of a server. Raises OSError where the file can't be written."""
         checked_pins(pin)
-        kept = [line for line in self._lines() if line.partition("#")[0].split()[:1] != [str(where)]]
+        # However its name was written: as `pins` looks for it. A key that was given up must not stay a good one.
+        kept = [line for line in self._lines() if line.partition("#")[0].lower().split()[:1] != [str(where).lower()]]
         directory = os.path.dirname(self.path)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         # Written beside and renamed: a full disk must not leave half a file, whose missing lines would be asked for anew.

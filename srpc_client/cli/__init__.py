@@ -127,7 +127,7 @@ def whoami(access: Access, as_json: bool) -> None:
 def pin(access: Access, trust: bool, as_json: bool) -> None:
     """Print the pin of the server's key. Compare it with what the server's administrator tells you."""
     found, known = access.shown_pin(), access.known_pins()
-    if trust and found not in known:
+    if trust and known != {found}:  # others that are known too are what it takes the place of
         access.trust(found)
     show.facts({"pin": found, "trusted": trust or found in known}, as_json, only="pin")
     if trust:

@@ -107,7 +107,7 @@ class Access:
             raise PinMismatch(
                 message=f"the key of {self.where} has changed: it is {fault.found} now, and {self.known_hosts.path} knows"
                 f" {', '.join(sorted(pins))}. Somebody may be in between. If the server's administrator tells you that this"
-                f" key is right: srpc --address {self.where} pin --trust",
+                f" key is right: srpc --address {self.where} --pin {fault.found} pin --trust",
                 found=fault.found,
             ) from None
 
@@ -116,10 +116,15 @@ class Access:
         return self.known_hosts.pins(self.remote)
 
     def shown_pin(self) -> str:
-        """The pin of the key that the server shows. Nothing is sent to it. Raises SrpcError."""
+        """The pin of the key that the server shows. Nothing is sent to it.
+
+        Raises SrpcError; PinMismatch where the command line names pins, and it is none of these.
+        """
         try:
             blocking.connect(self.remote, pins=NO_KEY, timeout=self.timeout).close()
         except PinMismatch as fault:
+            if self._pins and fault.found not in self._pins:
+                raise
             return fault.found
         raise UntrustedServer(message="the server has an impossible key")
 
@@ -127,7 +132,7 @@ class Access:
         found = self.shown_pin()
         message = (
             f"the key of {self.where} is not known yet: {found}. Ask the server's administrator whether it is that, and"
-            f" then: srpc --address {self.where} pin --trust; or give it with --pin"
+            f" then: srpc --address {self.where} --pin {found} pin --trust; or give it with --pin alone"
         )
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise UntrustedServer(message=message)

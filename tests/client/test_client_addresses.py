@@ -91,6 +91,12 @@ def test_trusting_replaces_that_servers_pins_and_leaves_the_rest(known: KnownHos
     assert sorted(os.listdir(os.path.dirname(known.path))) == ["known_hosts"]
 
 
+def test_trusting_replaces_a_pin_however_the_name_was_written(known: KnownHosts) -> None:
+    known.trust(Remote("Calc.Example", 7443), OTHER)
+    known.trust(Remote("calc.example", 7443), PIN)
+    assert known.pins(Remote("Calc.Example", 7443)) == {PIN}
+
+
 @pytest.mark.parametrize("line", ["calc.example", "calc.example:7443 sha256:short", "a b c", "calc.example:7443 md5:abc"])
 def test_a_line_that_can_not_be_understood_is_named(known: KnownHosts, line: str) -> None:
     os.makedirs(os.path.dirname(known.path))

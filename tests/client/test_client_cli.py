@@ -188,6 +188,25 @@ def test_a_pin_is_printed_and_trusted(remote: FakeDaemon, run: Run, password: st
     assert run("-a", remote.address, "--password-file", "-", "call", "/calc/add", "1 2", input="secret\n").stdout == "3"
 
 
+def test_trusting_takes_the_place_of_other_keys_though_this_one_was_known_too(
+    remote: FakeDaemon, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "config/srpc").mkdir(parents=True)
+    store = tmp_path / "config/srpc/known_hosts"
+    store.write_text(f"{remote.address} {remote.pin}\n{remote.address} sha256:{'A' * 43}=\n")
+    assert run("-a", remote.address, "pin", "--trust").returncode == 0
+    assert store.read_text() == f"{remote.address} {remote.pin}\n"
+
+
+def test_no_other_key_is_trusted_than_the_one_on_the_command_line(remote: FakeDaemon, run: Run, tmp_path: Path) -> None:
+    """Between the look at a key and the word that it is right somebody may have come in between."""
+    done = run("-a", remote.address, "--pin", "sha256:" + "A" * 43 + "=", "pin", "--trust")
+    assert (done.returncode, "not pinned" in done.stderr) == (3, True)
+    assert not (tmp_path / "config/srpc/known_hosts").exists()
+    assert run("-a", remote.address, "--pin", remote.pin, "pin", "--trust").returncode == 0
+    assert (tmp_path / "config/srpc/known_hosts").read_text() == f"{remote.address} {remote.pin}\n"
+
+
 def test_a_key_that_has_changed_is_refused(make_remote: MakeRemote, run: Run, password: str, tmp_path: Path) -> None:
     remote = make_remote()
     other = "sha256:" + "A" * 43 + "="
