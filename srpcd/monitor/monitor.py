@@ -61,7 +61,7 @@ class Monitor:
         self.personal = personal
         self.groups = groups
         self.daemon_uids = frozenset() if personal else gates | {own.uid}
-        self.workers: dict[Identity, Worker] = {}
+        self.workers: dict[tuple[Identity, str], Worker] = {}  # by name too: accounts may share a uid
         self.children: set[Child] = set()
         self.hang_ups = HangUps(self.connection_over)
         self.numbers = count(1)
@@ -279,7 +279,7 @@ class Monitor:
         if self.personal:  # what the process has may be more or less than what the account would get today
             account = account._replace(identity=self.own)
         for _ in range(2):  # the first may be about to end, idle
-            worker = self.workers.get(account.identity)
+            worker = self.workers.get((account.identity, account.name))
             if worker is None or worker.state is State.DONE:
                 worker = self._start_worker(account, connection.host)
             worker.wanted += 1
@@ -315,7 +315,7 @@ class Monitor:
             raise Denied(EAGAIN, f"no new process: {fault.strerror}") from None
         identity = account.identity
         worker.begin(identity, account.name, group)
-        self.workers[identity] = worker
+        self.workers[identity, account.name] = worker
         worker.gone.add_done_callback(lambda _: self._worker_gone(worker))
         self._idle(worker)  # whoever asked for it may be gone before it is there
         worker.send(
@@ -354,14 +354,14 @@ class Monitor:
 
     def _retire(self, worker: Worker) -> None:
         """Let a worker end that nobody uses, or that is no longer what its user is."""
-        if self.workers.get(worker.identity) is worker:
-            del self.workers[worker.identity]
+        if self.workers.get((worker.identity, worker.user)) is worker:
+            del self.workers[worker.identity, worker.user]
         worker.release()
         asyncio.get_running_loop().call_later(START_SECONDS, worker.kill, "")
 
     def _worker_gone(self, worker: Worker) -> None:
-        if self.workers.get(worker.identity) is worker:
-            del self.workers[worker.identity]
+        if self.workers.get((worker.identity, worker.user)) is worker:
+            del self.workers[worker.identity, worker.user]
         for task in list(worker.tasks):
             task.cancel()
         self.endpoints.worker_gone(worker)

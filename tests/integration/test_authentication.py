@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import EACCES, EAGAIN, EINVAL, EKEYEXPIRED, EOPNOTSUPP, ETIMEDOUT
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -698,6 +699,26 @@ def test_a_group_that_a_user_loses_is_lost_for_open_sessions_too(connect: Callab
         assert client.call(4).errno == EACCES
     finally:
         realm.change("svc2", groups=groups)
+
+
+def test_whoever_shares_a_uid_is_called_by_his_own_name_all_the_same(daemon: realm.Daemon) -> None:
+    """Services are told the name too, and programs: it must not depend on who of them came first."""
+    realm.install(daemon.tree / "tools/name", '#!/bin/sh\necho "$SRPC_USER"\n', 0o755)
+    files = Path("/etc/passwd"), Path("/etc/shadow")
+    before = [each.read_text() for each in files]
+    for file, text in zip(files, before, strict=True):
+        line = next(each for each in text.splitlines() if each.startswith("bob:"))
+        file.write_text(f"{text}bobby{line.removeprefix('bob')}\n")
+    try:
+        with Raw.local(daemon.local, "bob") as client:
+            for number, name in enumerate(("bob", "bobby", "bob"), 1):
+                assert client.ask(AUTH, afid=number, uname=name, mechanism="peer").kind == AUTH + 1
+                assert client.ask(ATTACH, afid=number, fid=10 * number, uname=name).kind == ATTACH + 1
+                assert client.walk("tools/name", 10 * number + 1, fid=10 * number).kind == 6
+                assert client.call(10 * number + 1).payload == f"{name}\n".encode()
+    finally:
+        for file, text in zip(files, before, strict=True):
+            file.write_text(text)
 
 
 # --- what is written down ----------------------------------------------------------------------------------------------
