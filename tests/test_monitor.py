@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from errno import EACCES, ETIMEDOUT
+from errno import EACCES, EKEYEXPIRED, ETIMEDOUT
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -69,6 +69,28 @@ async def test_a_worker_for_whom_somebody_waits_is_not_idle() -> None:
     worker.wanted = 0
     await asyncio.sleep(0.1)
     assert retired == [worker]
+
+
+async def test_a_session_that_ends_while_it_gets_another_worker_is_over() -> None:
+    """Else it would be kept, with its worker, for as long as the connection lasts, and no gate would know of it."""
+    sent: list[Any] = []
+    gate = Mock(send=sent.append)
+    old: Any = SimpleNamespace(gates={}, kill=None)
+    connection: Any = Mock(gate=gate, number=1, over=False, pending=0, sessions={})
+    connection.sessions[7] = children.Session("alice", old, time.monotonic() + 60)
+    monitor: Any = SimpleNamespace(told=lambda *_, **__: None, _end_session=lambda *_: None, _link=lambda *_: None)
+    monitor.run = lambda _connection, work: tasks.append(asyncio.create_task(work))
+    tasks: list[asyncio.Task[None]] = []
+
+    async def worker(_connection: object, _user: str) -> Any:
+        del connection.sessions[7]
+        return SimpleNamespace(connections=set())
+
+    monitor._worker = worker
+    Monitor._grant(monitor, connection, 2, "alice", "", (7, connection.sessions[7].expires, 3))
+    await asyncio.gather(*tasks)
+    assert sent == [ipc.Refused(1, 2, EKEYEXPIRED, "")]
+    assert connection.sessions == {}
 
 
 async def test_accounts_are_looked_up_a_bounded_number_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,8 @@ class Monitor:
                 worker = await self._worker(connection, user)
                 if connection.over:
                     return
+                if old is not None and number not in connection.sessions:  # it has ended meanwhile, and stays so
+                    raise Denied(EKEYEXPIRED)
                 self._end_session(connection, number)  # of a resume: it may have been another worker's
                 connection.sessions[number] = Session(user, worker, expires)
                 worker.connections.add(connection)
