@@ -153,7 +153,18 @@ class HandlerCore(frames.Receiver):
     came from a gate, and calls must reach no handler but that of the endpoint on which they were permitted.
     """
 
-    __slots__ = ("_endpoint", "_large", "_out", "_outstanding", "_reader", "caller", "on_answer", "over", "waiting")
+    __slots__ = (
+        "_endpoint",
+        "_large",
+        "_out",
+        "_outstanding",
+        "_reader",
+        "caller",
+        "on_answer",
+        "on_caller",
+        "over",
+        "waiting",
+    )
 
     def __init__(self, endpoint: str = "") -> None:
         self._endpoint = endpoint
@@ -163,6 +174,8 @@ class HandlerCore(frames.Receiver):
         """Bytes in `take`."""
         self.on_answer: "Callable[[], object] | None" = None
         """Called when something waits to be written."""
+        self.on_caller: "Callable[[Caller], object] | None" = None
+        """Called when the caller is known."""
         self.over = False
         """The line has ended: answers go nowhere."""
         self._reader = frames.FrameReader(frames.LINE_REQUESTS, frames.call_head)
@@ -196,6 +209,8 @@ class HandlerCore(frames.Receiver):
                 if self._endpoint not in ("", caller.endpoint):
                     raise ProtocolError(EPROTO, f"a line of another endpoint, {caller.endpoint!r}", seq)
                 self.caller = caller
+                if self.on_caller is not None:
+                    self.on_caller(caller)
         return new
 
     def answer(self, request: Request, frame: bytes, payload: bytes = b"") -> None:

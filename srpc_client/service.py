@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any, Self
 from srpc_client import address as addresses
 from srpc_client import requests
 from srpc_client.address import Address, Local
+from srpc_client.callers import Callers
 from srpc_client.connection import Connection, connect
 from srpc_client.endpoint import EndpointPipe, open_line
 from srpc_client.errors import CallError, ConnectionLost, SrpcError
-from srpc_client.handling import HandlerCore
+from srpc_client.handling import Caller, HandlerCore
 from srpc_client.line import Line
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.wire.messages import AnnounceReply, ListenReply, PingReply
@@ -61,6 +62,7 @@ class Announcement:
         self._remake = remake
         self._fid = 0
         self._lines: set[Line] = set()
+        self._callers: Callers[Line] = Callers()
         self._new: asyncio.Queue[Line | None] = asyncio.Queue()
         self._closed = False
 
@@ -141,14 +143,26 @@ class Announcement:
     def _line(self, number: int) -> None:
         address = self._announcer.address
         try:
-            line = Line(*open_line(address.path, number), self.handler, HandlerCore(self._pipe.endpoint))
+            core = HandlerCore(self._pipe.endpoint)
+            line = Line(*open_line(address.path, number), self.handler, core)
         except SrpcError as fault:
             _log.warning("%s: %s", self.path, fault)
             return
         self._lines.add(line)
-        line.on_over = self._lines.discard
+        core.on_caller = lambda caller: self._came(caller, line)
+        line.on_over = self._gone
         if self.handler is None:
             self._new.put_nowait(line)
+
+    def _came(self, caller: Caller, line: Line) -> None:
+        oldest = self._callers.came(caller, line)
+        if oldest is not None:
+            _log.warning("%s: %s has too many lines, the oldest is closed", self.path, caller.user)
+            oldest._end()
+
+    def _gone(self, line: Line) -> None:
+        self._lines.discard(line)
+        self._callers.gone(line._core.caller, line)
 
 
 class _Listener:

@@ -19,9 +19,10 @@ from srpc_client import address as addresses
 from srpc_client import pipes, requests
 from srpc_client.address import Address, Local
 from srpc_client.blocking.connection import Connection, connect
+from srpc_client.callers import Callers
 from srpc_client.endpoint import EndpointPipe, open_line
 from srpc_client.errors import CallError, SrpcError
-from srpc_client.handling import HIGH_WATER, HandlerCore, Request, begin
+from srpc_client.handling import HIGH_WATER, Caller, HandlerCore, Request, begin
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.alarm import Alarm
 from srpcd.wire.errors import ProtocolError
@@ -103,6 +104,7 @@ class _Endpoint:
         self.service, self.path, self.handler, self.pipe = service, path, handler, pipe
         self.registered = False
         self.fid = 0
+        self.callers: Callers[_Line] = Callers()
         self._remake = remake
         self._warned: str | None = None
 
@@ -127,12 +129,20 @@ class _Line:
 
     def __init__(self, endpoint: _Endpoint, receive: int, send: int) -> None:
         self._service, self._handler, self._receive, self._send = endpoint.service, endpoint.handler, receive, send
+        self._endpoint = endpoint
         self.core = HandlerCore(endpoint.pipe.endpoint)
+        self.core.on_caller = self._came
         self._requests: deque[Request] = deque()
         self._unsent: bytes | memoryview = b""
         self._reading = True
         self._service.epoll.register(receive, EPOLLIN)
         self._service.sources[receive] = self._readable
+
+    def _came(self, caller: Caller) -> None:
+        oldest = self._endpoint.callers.came(caller, self)
+        if oldest is not None:
+            _log.warning("%s: %s has too many lines, the oldest is closed", self._endpoint.path, caller.user)
+            oldest.close()
 
     def _readable(self, _events: int) -> None:
         try:
@@ -206,6 +216,7 @@ class _Line:
         if self not in self._service.lines:
             return
         self._service.lines.discard(self)
+        self._endpoint.callers.gone(self.core.caller, self)
         for fd in (self._receive, self._send):
             self._service.forget(fd)
             os.close(fd)

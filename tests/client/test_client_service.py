@@ -17,6 +17,7 @@ import pytest
 
 import srpc_client
 from srpc_client import Announcement, CallError, Request, SrpcError
+from srpc_client.callers import LINES_PER_CALLER
 from srpcd.wire import frames, messages
 
 if TYPE_CHECKING:
@@ -289,6 +290,22 @@ async def test_a_line_of_another_endpoint_is_closed_whoever_told_its_number(
         assert line.caller.endpoint == "/calc/add"
         await until(lambda: not bad.read())
     assert not bad.answers
+
+
+async def test_the_oldest_line_is_closed_of_a_caller_who_has_too_many(
+    local: FakeDaemon, tree: Path, make_line: MakeLine
+) -> None:
+    """Only a worker that was taken over keeps lines open that it says are gone. Lines of others stay."""
+    bob = messages.Caller(1002, 1002, [1002], "bob", None, "/calc/add")
+    others, lines = make_line(1, bob), [make_line(number) for number in range(2, LINES_PER_CALLER + 3)]
+    async with announced(local, tree) as announcement:
+        await first_line(local, announcement, 1)
+        for line in lines[:-1]:
+            await first_line(local, announcement, line.number)
+        assert len(announcement._lines) == LINES_PER_CALLER + 1
+        await first_line(local, announcement, lines[-1].number)
+        await until(lambda: not lines[0].read())
+        assert all(each.read() for each in (others, *lines[1:]))
 
 
 # --- handlers ----------------------------------------------------------------------------------------------------------

@@ -220,6 +220,47 @@ def test_nor_is_one_that_it_says_is_gone(alice: blocking.Connection, daemon: rea
         pipe.chmod(mode)
 
 
+FEW = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
+BLOCKING_ECHO = """
+import sys
+from srpc_client import blocking
+
+def echo(request):
+    return f"{request.caller.user}:{request.caller.uid}:".encode() + request.payload
+
+blocking.serve({path: echo for path in sys.argv[3:]}, address=sys.argv[1], group=sys.argv[2])
+"""
+HOARD = """
+from srpcd.wire import frames
+kept = setup.__dict__.setdefault('hoard', [])
+for n in range(60):
+    message, (write, read) = line('calc/few')
+    kept.append(write)
+    os.write(write, frames.frame(frames.CALL, 1, frames.CALL_HEAD.pack(0, 0)))
+    select.select([read], [], [], 1)
+    os.close(read)
+    tell(ipc.LineGone(message.line))
+result = len(kept) >= 60
+"""
+
+
+@pytest.mark.parametrize("code", [stage.ECHO_SERVICE.replace('"slow": slow', '"few": echo'), BLOCKING_ECHO])
+def test_it_can_not_use_up_the_descriptors_of_a_service_with_lines_that_it_says_are_gone(
+    alice: blocking.Connection, daemon: realm.Daemon, code: str
+) -> None:
+    with stage.service(daemon, "/calc/few", code=FEW + code), stage.dial(daemon, "svc2") as other:
+        realm.grant(daemon.tree / "calc/few", "w", uid=realm.account("svc2").uid)
+        assert run(alice, HOARD) is True
+        echo = """
+from srpcd.wire import frames
+write, read = line('calc/few')[1]
+os.write(write, frames.frame(frames.CALL, 1, frames.CALL_HEAD.pack(0, 0) + b'hi'))
+select.select([read], [], [], 5)
+result = attempt(lambda: os.read(read, 4096)[24:])
+"""
+        assert str(run(other, echo)).startswith("b'svc2:")
+
+
 STOP = """
 for n in range(12):
     attempt(lambda: os.mkfifo(f'{setup.tree}/bobs/{n}'))
