@@ -18,9 +18,13 @@ from srpc_client import pipes
 from srpc_client.errors import ConnectionLost
 from srpc_client.handling import HIGH_WATER, Caller, HandlerCore, Request, begin, fail_with, finish
 from srpcd.wire.errors import ProtocolError
+from srpcd.wire.limits import PAYLOAD_MAX
 
 CONCURRENT_MAX = 256
 """Asynchronous handlers that run at a time for one line; further requests wait."""
+
+HELD_MAX = 4 * PAYLOAD_MAX
+"""Bytes of payload of these, above which further requests wait too: 256 of the largest would be four gigabytes."""
 
 PATIENCE = 0.001
 """Seconds for which synchronous handlers may keep the replies of a batch waiting."""
@@ -46,6 +50,7 @@ class Line:
         self._loop = asyncio.get_running_loop()
         self._requests: deque[Request] = deque()
         self._size = 0  # bytes of payload in _requests
+        self._held = 0  # and of those that asynchronous handlers have
         self._tasks: set[asyncio.Future[Answer]] = set()
         self._wakeup: asyncio.Event | None = None  # of those who wait in `ready` and in `__anext__`
         self._unsent: bytes | memoryview = b""
@@ -148,7 +153,7 @@ class Line:
         """Begin what may be begun. Synchronous answers go out together, unless that would keep the first one waiting."""
         self._working = True
         begun = monotonic()
-        while self._requests and len(self._tasks) < CONCURRENT_MAX:
+        while self._requests and len(self._tasks) < CONCURRENT_MAX and self._held <= HELD_MAX:
             if self._backlog > HIGH_WATER:
                 self._flush()
                 if self._backlog > HIGH_WATER:
@@ -167,12 +172,15 @@ class Line:
 
     def _start(self, request: Request, awaitable: "Awaitable[Answer]") -> None:
         task = asyncio.ensure_future(awaitable)
+        size = len(request.payload)
         self._tasks.add(task)
+        self._held += size
         request.on_cancel(task.cancel)
-        task.add_done_callback(lambda task: self._ended(request, task))
+        task.add_done_callback(lambda task: self._ended(request, size, task))
 
-    def _ended(self, request: Request, task: "asyncio.Future[Answer]") -> None:
+    def _ended(self, request: Request, size: int, task: "asyncio.Future[Answer]") -> None:
         self._tasks.discard(task)
+        self._held -= size
         if task.cancelled():
             if not request.answered:
                 request.fail(ECANCELED)

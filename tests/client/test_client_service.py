@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 import srpc_client
+import srpc_client.line
 from srpc_client import Announcement, CallError, Request, SrpcError
 from srpc_client.callers import LINES_PER_CALLER
 from srpcd.wire import frames, messages
+from srpcd.wire.limits import MIB
 
 if TYPE_CHECKING:
     from tests.client.conftest import FakeDaemon, FakeLine, MakeLine
@@ -362,6 +364,32 @@ async def test_asynchronous_handlers_run_concurrently_and_answer_in_any_order(
         worker.call(2, b"second")
         assert await in_thread(worker.reply, 2) == b"second"
         assert await in_thread(worker.reply, 1) == b"first"
+
+
+async def test_asynchronous_handlers_hold_a_bounded_amount_of_one_callers_payload(
+    local: FakeDaemon, tree: Path, make_line: MakeLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a caller who sends much to a slow handler has the service keep 256 times 16 MiB for him alone."""
+    monkeypatch.setattr(srpc_client.line, "HELD_MAX", MIB)
+    begun, go = [0], asyncio.Event()
+
+    async def handler(request: Request) -> bytes:
+        begun[0] += 1
+        await go.wait()
+        return b"%d" % len(request.payload)
+
+    worker = make_line()
+    async with serving(local, tree, worker, handler):
+        half = messages.call_body(0, bytes(MIB // 2))
+        calls = b"".join(frames.frame(frames.CALL, seq, half) for seq in range(1, 13))
+        writing = asyncio.create_task(in_thread(worker.write, calls))
+        await until(lambda: begun[0] == 3)
+        await asyncio.sleep(0.2)
+        assert begun[0] == 3
+        go.set()
+        for seq in range(1, 13):
+            assert await in_thread(worker.reply, seq) == b"%d" % (MIB // 2)
+        await writing
 
 
 async def test_an_error_of_a_handler_reaches_its_caller_and_any_other_exception_only_the_log(
