@@ -172,6 +172,8 @@ class Endpoints:
             for server in endpoint.servers:
                 if (server.number, worker) not in endpoint.lines:
                     self._join(endpoint, server, worker)
+            if endpoint.servers and not any((server.number, worker) in endpoint.lines for server in endpoint.servers):
+                errno = EAGAIN  # there was no room for a line, which is something else than that nobody serves it
         elif not errno:
             errno = EAGAIN
         worker.send(ipc.Lines(*inode, errno))

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from errno import EACCES, ENOENT, ENXIO, ESTALE
+from errno import EACCES, EAGAIN, ENOENT, ENXIO, ESTALE
 from pathlib import Path
 
 import pytest
@@ -326,3 +326,17 @@ def test_a_service_that_may_no_longer_read_its_endpoint_loses_its_callers_and_ge
         assert stage.eventually(lambda: stage.errno_of(alice, "/calc/slow", b"0") == 0)  # that it still may
         realm.grant(pipe, "r", uid=svc)
         assert stage.eventually(lambda: stage.errno_of(alice, "/lent/echo") == 0, 15)
+
+
+def test_where_no_line_can_be_made_it_is_not_said_that_nobody_serves(
+    daemon: realm.Daemon, alice: blocking.Connection
+) -> None:
+    """This path is too long for the first frame of a line, in which each of its letters takes six bytes."""
+    names = ["ж" * 127] * 6
+    above = daemon.tree
+    for name in names:
+        above = stage.make_directory(above / name, "svc")
+    path = "/".join(["", *names, "echo"])
+    with stage.service(daemon, path):
+        assert alice.session.stat(path).live
+        assert stage.errno_of(alice, path) == EAGAIN
