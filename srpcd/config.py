@@ -66,7 +66,7 @@ class Limits(Section, frozen=True):
 
     strangers: connections on which nobody has authenticated yet. outstanding: requests of one connection.
     lines_per_worker, workers: of the whole daemon. buffer: bytes that may wait for one slow reader before it is no
-    longer read for. stall: a reader that takes nothing for so long is disconnected.
+    longer read for. stall: whoever takes nothing for so long, or stops in the middle of a message, is disconnected.
     """
 
     connections: Count = 1024

@@ -76,7 +76,7 @@ class Connection:
         self._resume_number = RESUME_REQUESTS
         self._waiting = 0  # bytes that wait for another worker
         self._conversations: Conversations = Conversations(gate.loop, self._prompted)
-        self._since = self._active = self._stranger = self._loop.time()
+        self._since = self._active = self._stranger = self._between = self._loop.time()
         self._refusals = Refusals()
 
     def start(self) -> None:
@@ -229,11 +229,14 @@ class Connection:
             if self._moved != self._transport.moved:  # some of a portion that TLS was given as one: it is not stuck
                 self._moved = self._transport.moved
                 self._backlog.since = now
+            if not (self._reading and session.partial):
+                self._between = now  # two messages, or it can't go on because of us
             quiet = not session.busy and not session.serving
             if now - self._active > REST:
                 self._transport.rest()
             over = (
                 (self._backlog.size > 0 and now - self._backlog.since > limits.stall)
+                or now - max(self._between, self._active) > limits.stall
                 or now - self._stranger > limits.authentication_timeout
                 or (quiet and now - self._active > limits.idle_timeout)
             )

@@ -64,6 +64,11 @@ class Session(frames.Receiver):
         return self._reader.limits is LIMITS[State.KNOWN]
 
     @property
+    def partial(self) -> bool:
+        """Whether the peer is in the middle of a message: what has come of it is kept."""
+        return self._reader.partial
+
+    @property
     def busy(self) -> bool:
         """Whether anything is outstanding but listens, which always are."""
         return len(self._outstanding) > self._announcements.listens

@@ -1,6 +1,7 @@
 """The real gate and those who are slow: memory stays bounded, and the others do not wait."""
 
 import os
+import select
 import time
 from collections.abc import Callable
 from errno import ECONNRESET
@@ -36,6 +37,24 @@ def test_a_reader_that_takes_nothing_holds_a_bounded_part_of_memory_and_is_disco
     while data := slow.recv():
         size += len(data)
     assert size < sent * 1_000_000
+
+
+@pytest.mark.parametrize("kind", ["local", "tls"])
+def test_a_sender_that_stops_in_the_middle_of_a_message_is_disconnected(start: Start, kind: str) -> None:
+    """What has come of it is kept, up to 16 MiB for each connection, and nothing else would end that for a long time."""
+    world = start(kind, stall=0.5)
+    slow, other = world.connect(), world.connect()
+    for client, user in ((slow, "alice"), (other, "bob")):
+        client.log_in(user)
+        client.walk("echo")
+    call = frame(CALL, 1000, messages.call_body(3, bytes(1 << 20)))
+    for at in range(0, 1 << 19, 1 << 16):  # slower than that, but it goes on
+        slow.send(call[at : at + (1 << 16)])
+        time.sleep(0.1)
+    assert select.select([slow.sock], [], [], 5)[0]
+    assert slow.recv() == b""
+    time.sleep(0.8)
+    assert other.call(b"x") == b"x"  # who is between two messages may take his time
 
 
 def test_a_reader_that_pauses_gets_everything(start: Start) -> None:
