@@ -160,6 +160,24 @@ async def test_no_refusal_is_put_off_by_what_changes_again_and_again(held_up: in
     assert (("own", ETIMEDOUT) in settled) == bool(held_up)
 
 
+async def test_where_there_is_a_line_is_proved_first() -> None:
+    """A user may hold up each of his probes for a second, also of hundreds of endpoints that nobody serves."""
+    worker: Any = object.__new__(children.Worker)
+    vars(worker).update(identity=launch.Identity(20_000, 20_000, ()), quota=None, doubted={}, endpoints=set(), state=None)
+    endpoints_: list[Endpoint[Any]] = [Endpoint((1, number, str(number)), [], 0, False) for number in range(5)]
+    endpoints_[3].given.add(worker)
+    worker.doubted.update(dict.fromkeys(endpoints_))
+    settled: list[str] = []
+
+    async def probe(*_: object) -> Proof:
+        return Proof(ETIMEDOUT, [])
+
+    endpoints: Any = SimpleNamespace(_probe=probe)
+    endpoints._settled_caller = lambda _worker, endpoint, _errno: settled.append(endpoint.path)
+    await Endpoints._settle(endpoints, worker)
+    assert settled == ["3", "0", "1", "2", "4"]
+
+
 async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """What others cause waits for him, descriptors too; a little read now and then is no excuse."""
     monkeypatch.setattr(children, "_UNREAD_SECONDS", 0.5)
