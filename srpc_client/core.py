@@ -50,6 +50,13 @@ _REPLY_TYPES: dict[int, type[messages.Message]] = {
 _CANCELLABLE = {frames.WALK_REPLY, frames.STAT_REPLY, frames.APPEND_REPLY, frames.CALL_REPLY}
 
 
+def _refuse_what_is_not_bytes(payload: object, metadata: object) -> None:
+    # Before the call is noted down: one that is outstanding and never sent would take a place for ever.
+    for name, value in (("payload", payload), ("metadata", metadata)):
+        if not isinstance(value, bytes | bytearray | memoryview):
+            raise TypeError(f"{name} is bytes, not {type(value).__name__}: text.encode() makes bytes of text")
+
+
 def _decoder(kind: type[messages.Message]) -> Callable[[bytes, int], object]:
     return lambda body, seq: messages.decode(kind, body, seq)
 
@@ -99,10 +106,12 @@ class ClientCore(frames.Receiver, Generic[W]):
     def call(self, fid: int, payload: bytes, metadata: bytes, waiter: W) -> int:
         """Call the endpoint behind `fid`; the waiter gets (payload, metadata). Returns the seq, for `cancel`.
 
-        Raises ConnectionLost (it is over already), CallError (EMSGSIZE: nothing was sent).
+        Raises ConnectionLost (it is over already), CallError (EMSGSIZE: nothing was sent), TypeError (it is not bytes).
         """
         if self.failure is not None:
             raise self.lost()
+        if payload.__class__ is not bytes or metadata.__class__ is not bytes:
+            _refuse_what_is_not_bytes(payload, metadata)
         if len(payload) > PAYLOAD_MAX or len(metadata) > METADATA_MAX:
             raise CallError(
                 EMSGSIZE,

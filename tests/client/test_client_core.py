@@ -1,6 +1,7 @@
 """The client's protocol without I/O."""
 
 from errno import EACCES, ECANCELED, ECONNRESET, EMSGSIZE, EPROTO
+from typing import Any
 
 import pytest
 
@@ -249,6 +250,18 @@ def test_what_is_too_large_is_refused_here(core: ClientCore[str], payload: int, 
         ask(core, requests.walk(1, 2, "x" * 100_000), "waiter")
     assert caught.value.errno == EMSGSIZE
     assert (core.outstanding, core.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(("payload", "metadata"), [("text", b""), (b"", "{}"), (None, b""), (3, b"")])
+def test_what_is_not_bytes_is_refused_here_and_takes_no_place(core: ClientCore[str], payload: Any, metadata: Any) -> None:
+    with pytest.raises(TypeError, match="is bytes, not"):
+        core.call(7, payload, metadata, "waiter")
+    assert (core.outstanding, core.waiting) == (0, 0)
+
+
+def test_what_looks_like_bytes_is_sent(core: ClientCore[str]) -> None:
+    core.call(7, memoryview(b"payload"), bytearray(b"{}"), "waiter")  # type: ignore[arg-type]
+    assert [body[12:] for _kind, _seq, body in sent(core)] == [b"{}payload"]
 
 
 def test_text_that_is_not_unicode_is_refused_here() -> None:
