@@ -37,9 +37,16 @@ def _json(kind: int, message: messages.Message, fid: int = 0) -> Send:
         raise CallError(EINVAL, "a name or text is not valid Unicode, and can't be sent") from None
 
 
+def _text(name: str, value: str) -> str:
+    # msgspec writes bytes as base64: a password given as bytes would be sent, and refused as a wrong one.
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is text, not {type(value).__name__}")
+    return value
+
+
 def auth(afid: int, uname: str, aname: str = "/", mechanism: Mechanism = "pam") -> Send:
     """Begin to authenticate `uname`; the reply, AuthReply, says what to append."""
-    return _json(frames.AUTH, messages.Auth(afid, uname, aname, mechanism))
+    return _json(frames.AUTH, messages.Auth(afid, _text("user", uname), _text("aname", aname), mechanism))
 
 
 def attach(afid: int, fid: int, uname: str, aname: str = "/") -> Send:
@@ -59,7 +66,7 @@ def stat(fid: int, after: str = "", limit: int = STAT_PAGE) -> Send:
 
 def append(fid: int, data: str) -> Send:
     """Answer a prompt of an afid, or call an endpoint with text; replied by AppendReply."""
-    return _json(frames.APPEND, messages.Append(fid, data))
+    return _json(frames.APPEND, messages.Append(fid, _text("what is appended (text, a password, an answer)", data)))
 
 
 def call(fid: int, payload: bytes, metadata: bytes = b"") -> Send:

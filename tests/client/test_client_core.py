@@ -269,6 +269,13 @@ def test_text_that_is_not_unicode_is_refused_here() -> None:
         requests.walk(1, 2, "\udc80")
 
 
+def test_bytes_are_not_sent_in_the_place_of_text() -> None:
+    with pytest.raises(TypeError, match="a password, an answer"):
+        requests.append(1, b"secret")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="user is text, not bytes"):
+        requests.auth(1, b"alice")  # type: ignore[arg-type]
+
+
 def test_a_flush_names_a_seq() -> None:
     assert requests.flush(5) == (frames.FLUSH, frames.SEQ.pack(5), 0)
     assert requests.call(1, b"p", b"m") == (frames.CALL, messages.call_body(1, b"p", b"m"), 0)
