@@ -35,6 +35,9 @@ class Link(Protocol):
     def close(self) -> None:
         """Say goodbye as far as that needs no waiting, and close."""
 
+    def detach(self) -> int:
+        """Use it no more. Returns the descriptor, for the caller to close."""
+
 
 class LocalLink:
     """A Unix socket, to a server that is root or the user himself.
@@ -80,6 +83,9 @@ class LocalLink:
 
     def close(self) -> None:
         self._socket.close()
+
+    def detach(self) -> int:
+        return self._socket.detach()
 
 
 class TlsLink:
@@ -145,3 +151,6 @@ class TlsLink:
         except (SSL.Error, OSError):
             pass
         self._socket.close()
+
+    def detach(self) -> int:
+        return self._socket.detach()

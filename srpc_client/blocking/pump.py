@@ -1,10 +1,12 @@
 """Moves bytes between a `ClientCore` and a `Link` while somebody waits: one write, one poll, one read for a lone call."""
 
+import os
 import time
 from _thread import allocate_lock
 from collections.abc import Callable
 from select import POLLIN, POLLOUT, poll
 from typing import Any
+from weakref import WeakSet
 
 from srpc_client.core import ClientCore
 from srpc_client.errors import CallTimeout, ConnectionLost, SrpcError
@@ -12,6 +14,12 @@ from srpc_client.link import Link
 
 _INTERRUPTED = "interrupted while bytes were moved, nobody knows how many: what came next would be taken for their rest"
 """Why a KeyboardInterrupt there ends the connection. While somebody waits (for a slow peer, and so mostly) it does not."""
+
+
+_FORKED = "the connection was made before a fork, and belongs to the other process: dial again in this one"
+
+_pumps: "WeakSet[Pump]" = WeakSet()
+"""All that there are: a fork has to find them."""
 
 
 class Slot:
@@ -52,6 +60,7 @@ class Pump:
         self._mine = allocate_lock()
         self._busy_poll = busy_poll
         self._quick = True  # the last answer came within that time
+        _pumps.add(self)
 
     def claim(self) -> None:
         """Be the only one to use it, until `release`. Raises RuntimeError where somebody else is at it."""
@@ -200,8 +209,31 @@ class Pump:
                 self.on_over()
             self._link.close()
 
+    def disown(self) -> None:
+        """After a fork, in the child: let go of what stays the parent's.
+
+        Nothing is sent, no goodbye either, and `on_over` is not called: an epoll that its caller has is the parent's too.
+        """
+        if not self.closed:
+            self.closed = True
+            self._mine = allocate_lock()  # another thread of the parent's may have held it
+            self._unsent = b""
+            for slot in self.core.lose(ConnectionLost(message=_FORKED)):
+                slot.error = self.core.lost()
+                slot.done = True
+            os.close(self._link.detach())
+
     def say_goodbye(self) -> None:
         """Send what still waits, as far as that needs no waiting (clunks, mostly), and end the connection."""
         if not self.closed:
             self.send()
             self.lose(ConnectionLost(message="the connection was closed on this side"))
+
+
+def _disown_all() -> None:
+    for pump in list(_pumps):
+        pump.disown()
+
+
+# Two processes on one connection would take each other's answers, and break TLS; a child's goodbye would be for both.
+os.register_at_fork(after_in_child=_disown_all)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import os
 import signal
 import threading
 import time
@@ -706,6 +707,25 @@ def test_a_second_thread_is_refused(local: FakeDaemon) -> None:
         thread.join(5)
         assert len(errors) == 1
         assert connection.call("/echo", b"x") == b"x"
+
+
+def test_a_connection_stays_with_the_process_that_made_it(daemon: FakeDaemon) -> None:
+    proof = {"pins": daemon.pin, "password": "secret"} if daemon.pin else {}
+    with blocking.dial(daemon.address, user="alice", **proof) as connection:
+        assert connection.call("/echo", b"before") == b"before"
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                connection.call("/echo", b"child")
+            except ConnectionLost as fault:
+                connection.close()
+                status = 0 if "fork" in fault.message else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert connection.call("/echo", b"after") == b"after"
+        assert (b"child", b"") not in [(payload, metadata) for _path, payload, metadata in daemon.calls]
 
 
 def test_an_interrupt_cancels_the_call(local: FakeDaemon) -> None:
