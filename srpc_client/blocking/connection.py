@@ -244,8 +244,10 @@ class Session(Identified):
     def call_many(self, path: str, payloads: Iterable[bytes], window: int = 64) -> Iterator[bytes]:
         """Call once for each payload, up to `window` at a time; yields the replies in the payloads' order.
 
-        Raises the first error in that order, as `call`; the calls after it are cancelled.
+        Raises the first error in that order, as `call`; the calls after it are cancelled. ValueError for a window below 1.
         """
+        if window < 1:
+            raise ValueError(f"window={window}: at least one call has to be in flight")
         pump = self.connection._pump
         flying: deque[tuple[Slot, int, bytes, Place]] = deque()
         waiting = iter(payloads)

@@ -615,6 +615,14 @@ def test_many_calls_are_in_flight_and_answered_in_order(daemon: FakeDaemon) -> N
         assert list(connection.session.call_many("/echo", megabytes)) == megabytes
 
 
+def test_many_calls_need_a_window(local: FakeDaemon) -> None:
+    with (
+        blocking.dial(local.address, user="alice") as connection,
+        pytest.raises(ValueError, match="window=0"),
+    ):
+        list(connection.session.call_many("/echo", [b"x"], window=0))
+
+
 def test_the_first_error_of_many_ends_them_and_cancels_the_rest(local: FakeDaemon) -> None:
     local.endpoints["mixed"] = lambda payload, _: (
         None if payload > b"3" else refusal(EPERM)(b"", b"") if payload == b"3" else b""
