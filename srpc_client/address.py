@@ -11,6 +11,9 @@ PORT = 7443
 CONNECT_TIMEOUT = 30.0
 """Seconds for connection and TLS handshake, where nothing else was said."""
 
+LONGEST_WAIT = 7 * 24 * 3600.0
+"""Seconds that the kernel is asked to wait at once: poll(2) counts milliseconds in 31 bits, and a timeout may be inf."""
+
 SYSTEM_SOCKET = "/run/srpc/srpc.sock"
 
 

@@ -8,6 +8,7 @@ from select import POLLIN, POLLOUT, poll
 from typing import Any
 from weakref import WeakSet
 
+from srpc_client.address import LONGEST_WAIT
 from srpc_client.core import ClientCore
 from srpc_client.errors import CallTimeout, ConnectionLost, SrpcError
 from srpc_client.link import Link
@@ -119,7 +120,7 @@ class Pump:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise CallTimeout
-                events = self._poll.poll(left * 1000 + 1)
+                events = self._poll.poll(min(left, LONGEST_WAIT) * 1000 + 1)
             self._see_to(events)
         if awake_until:
             self._quick = time.monotonic() < awake_until

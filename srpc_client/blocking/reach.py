@@ -7,7 +7,7 @@ from select import POLLIN, POLLOUT, poll
 
 from srpc_client import address as addresses
 from srpc_client import tls
-from srpc_client.address import Address, Local, Remote
+from srpc_client.address import LONGEST_WAIT, Address, Local, Remote
 from srpc_client.errors import SrpcError, Unreachable
 from srpc_client.link import LocalLink, TlsLink
 
@@ -16,7 +16,7 @@ def _left(deadline: float, where: Address) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
         raise Unreachable(ETIMEDOUT, f"{where} did not answer in time")
-    return left
+    return min(left, LONGEST_WAIT)
 
 
 def local(where: Local, deadline: float) -> LocalLink:

@@ -4,6 +4,7 @@ Exit status: 0 it worked; 1 the call was refused or failed; 2 the command line i
 login. What went wrong is one sentence on standard error.
 """
 
+import math
 import os
 import sys
 
@@ -14,6 +15,13 @@ from srpc_client.cli.access import Access
 from srpc_client.errors import AuthenticationError, ConnectionLost, SrpcError, Unreachable, UntrustedServer
 
 FAILED, USAGE, NO_ACCESS = 1, 2, 3
+
+
+def _seconds(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number of seconds")
+    return value
+
 
 pass_access = click.make_pass_decorator(Access)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -26,7 +34,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--ca", help="Trust the server's certificate by this authority: a PEM file, or `system`.")
 @click.option("--password-file", type=click.Path(), help="File whose first line is the password; - is standard input.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that connecting, and then a call, may take."
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    callback=_seconds,
+    help="Seconds that connecting, and then a call, may take.",
 )
 @click.version_option(package_name="srpc", prog_name="srpc")
 @click.pass_context

@@ -80,6 +80,7 @@ def test_a_call_gives_the_reply_as_it_is(local: FakeDaemon, run: Run) -> None:
         (["call"], 2, "Missing argument 'PATH'"),
         (["nonsense"], 2, "No such command"),
         (["--timeout", "0", "ls"], 2, "timeout"),
+        (["--timeout", "nan", "ls"], 2, "nan is no number of seconds"),
         (["pin"], 2, "local socket and has no key"),
         (["--pin", "x", "--ca", "y", "ls"], 2, "give one"),
         (["--password-file", "-", "call", "/echo"], 2, "either the password or the payload"),

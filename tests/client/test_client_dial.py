@@ -283,6 +283,12 @@ async def test_a_busy_server_is_tried_again_until_it_has_time(
 # --- giving up ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("timeout", [1e7, 1e20, float("inf")])
+async def test_a_timeout_may_be_as_long_as_it_likes(daemon: FakeDaemon, dialer: Dialer, timeout: float) -> None:
+    connection = await dialer.dial(daemon, timeout=timeout)
+    assert await dialer.call(connection, "/echo", b"x", timeout=timeout) == b"x"
+
+
 async def test_a_timeout_cancels_the_call_at_the_server(daemon: FakeDaemon, dialer: Dialer) -> None:
     connection = await dialer.dial(daemon)
     for _ in range(2):  # the first walks, the second has a fid already
@@ -489,6 +495,7 @@ async def test_calls_of_one_turn_of_the_loop_go_out_together(remote: FakeDaemon)
             receive = staticmethod(link.receive)
             receive_into = staticmethod(link.receive_into)
             close = staticmethod(link.close)
+            detach = staticmethod(link.detach)
 
             def send(self, data: bytes | memoryview) -> int:
                 sent.append(len(data))
@@ -718,7 +725,7 @@ def test_a_second_thread_is_refused(local: FakeDaemon) -> None:
 
 
 def test_a_connection_stays_with_the_process_that_made_it(daemon: FakeDaemon) -> None:
-    proof = {"pins": daemon.pin, "password": "secret"} if daemon.pin else {}
+    proof: dict[str, Any] = {"pins": daemon.pin, "password": "secret"} if daemon.pin else {}
     with blocking.dial(daemon.address, user="alice", **proof) as connection:
         assert connection.call("/echo", b"before") == b"before"
         child = os.fork()
@@ -771,6 +778,7 @@ def test_one_call_is_one_write_and_one_read(make_remote: MakeRemote) -> None:
             fd = link.fd
             receive_into = staticmethod(link.receive_into)
             close = staticmethod(link.close)
+            detach = staticmethod(link.detach)
 
             def send(self, data: bytes | memoryview) -> int:
                 counts["send"] += 1
