@@ -7,6 +7,7 @@ login. What went wrong is one sentence on standard error.
 import math
 import os
 import sys
+from errno import EBADF
 
 import click
 
@@ -73,11 +74,15 @@ def call(access: Access, path: str, data: str | None, metadata: str) -> None:
     if data is None or data == "-":
         if access.credential_file == "-":
             raise click.UsageError("standard input is either the password or the payload: give one of them otherwise")
+        if sys.stdin is None:  # Python's word for a descriptor that was closed before it started
+            raise SrpcError(EBADF, "standard input is closed: give the payload as DATA, or </dev/null for none")
         payload = b"" if data is None and sys.stdin.isatty() else sys.stdin.buffer.read()
     else:
         payload = os.fsencode(data)
+    if sys.stdout is None:
+        raise SrpcError(EBADF, "standard output is closed, and the reply would be lost: the call was not made")
     with access.dial() as connection:
-        reply = connection.call(path, payload, metadata.encode(), access.timeout)
+        reply = connection.call(path, payload, os.fsencode(metadata), access.timeout)
     sys.stdout.buffer.write(reply)
     if sys.stdout.isatty() and not reply.endswith(b"\n"):
         sys.stdout.buffer.write(b"\n")
@@ -157,11 +162,13 @@ def main() -> None:
         status = 130
     except (UntrustedServer, Unreachable, ConnectionLost, AuthenticationError) as fault:
         status = _complain(fault, NO_ACCESS)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has gone; the last flush must not fail again
-        status = FAILED
     except SrpcError as fault:
         status = _complain(fault, FAILED)
+    except OSError as fault:  # of our own streams: all others are SrpcErrors
+        if not isinstance(fault, BrokenPipeError):  # else whoever read our output has gone, and wants to hear no more
+            click.echo(f"srpc: standard input or output: {fault.strerror}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the last flush must not fail again
+        status = FAILED
     except ValueError as fault:
         click.echo(f"srpc: {show.plain(str(fault))}", err=True)
         status = USAGE

@@ -97,6 +97,32 @@ def test_what_goes_wrong_is_one_sentence_and_a_status(
 
 
 @pytest.mark.parametrize(
+    ("redirection", "says"),
+    [
+        ("<&-", "standard input is closed"),
+        ("</dev/null >&-", "the call was not made"),
+        ("</dev/null >/dev/full", "No space left on device"),
+    ],
+)
+def test_what_is_wrong_with_its_own_streams_is_one_sentence(
+    local: FakeDaemon, environment: dict[str, str], redirection: str, says: str
+) -> None:
+    line = f"{' '.join(COMMAND)} -a {local.address} call /calc/add {redirection}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", line], stderr=subprocess.PIPE, text=True, env=environment, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("srpc: ")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_metadata_is_bytes_as_the_payload_is(local: FakeDaemon, run: Run) -> None:
+    run("-a", local.address, "call", "/echo", "x", "--metadata", os.fsdecode(b"\xff"))
+    assert local.calls[-1] == ("echo", b"x", b"\xff")
+
+
+@pytest.mark.parametrize(
     ("address", "status", "says"),
     [
         ("unix:/nonexistent/srpc.sock", 3, "can't connect to unix:/nonexistent/srpc.sock"),
