@@ -1,11 +1,13 @@
 """Where a server is: `host`, `host:port`, `srpc://host:port`, `unix:/path/of/socket`, or nothing for this host's own."""
 
+import getpass
 import os
+import pwd
 import re
-from errno import EINVAL, ENOENT
+from errno import EHOSTUNREACH, ENOENT
 from typing import NamedTuple, TypeAlias
 
-from srpc_client.errors import Unreachable
+from srpc_client.errors import SrpcError, Unreachable
 
 PORT = 7443
 CONNECT_TIMEOUT = 30.0
@@ -82,6 +84,29 @@ def default() -> Address:
     raise Unreachable(ENOENT, f"no sRPC daemon runs here ({SYSTEM_SOCKET} is not there): start srpcd, or name an address")
 
 
+def own_name(where: Address) -> str:
+    """The name of your own account: on a local socket the one that the kernel says, since a wrong $LOGNAME would be refused.
+
+    Raises SrpcError (ENOENT) for a uid without an account.
+    """
+    uid = os.geteuid()
+    try:
+        said = getpass.getuser()
+        if isinstance(where, Remote):
+            return said
+        known = pwd.getpwuid(uid).pw_name
+    except (KeyError, OSError):
+        raise SrpcError(
+            ENOENT, f"uid {uid} has no account on this host: say as whom to log in (user=, or srpc --user)"
+        ) from None
+    try:
+        return said if pwd.getpwnam(said).pw_uid == uid else known  # a uid may have several names
+    except KeyError:
+        return known
+
+
 def from_os_error(fault: OSError, address: Address) -> Unreachable:
     """Why a connection could not be made, as ours."""
-    return Unreachable(fault.errno or EINVAL, f"can't connect to {address}: {fault.strerror or fault}")
+    # The resolver has numbers of its own, below 0.
+    errno = fault.errno if fault.errno and fault.errno > 0 else EHOSTUNREACH
+    return Unreachable(errno, f"can't connect to {address}: {fault.strerror or fault}")

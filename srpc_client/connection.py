@@ -8,7 +8,6 @@ made on. Cancelling a task, or the end of a `timeout`, cancels its call up to th
 """
 
 import asyncio
-import getpass
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from errno import EINVAL, ETIMEDOUT
@@ -131,7 +130,7 @@ class Connection:
         While the server is busy (EAGAIN) the login is tried again, for half a minute.
         Raises AuthenticationError, CallError, CallTimeout, ConnectionLost, and what `prompt` raises.
         """
-        name = getpass.getuser() if user is None else user
+        name = addresses.own_name(self.address) if user is None else user
         if mechanism is None:
             local = isinstance(self.address, Local) and password is None and prompt is None
             mechanism = "peer" if local else "pam"

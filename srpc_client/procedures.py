@@ -181,7 +181,7 @@ def _authenticate(afid: int, who: Login) -> Procedure[None]:
         reply: messages.AuthReply = yield requests.auth(afid, who.user, who.aname, who.mechanism)
     except CallError as refusal:
         if refusal.errno == EACCES:
-            raise AuthenticationError(EACCES, refusal.message) from None
+            raise AuthenticationError(EACCES, refusal.message if who.mechanism == "pam" else _not_you(who.user)) from None
         raise
     prompts, verdict, password = reply.prompts, "1", who.password
     remarks: list[str] = []
@@ -200,6 +200,14 @@ def _authenticate(afid: int, who: Login) -> Procedure[None]:
         return
     said = f"; it said: {' '.join(remarks)[:500]}" if remarks else ""
     raise AuthenticationError(EACCES, f"the server did not accept {who.user!r} with what was answered{said}")
+
+
+def _not_you(user: str) -> str:
+    # No password was given, so the server's one sentence for all refusals is about something else.
+    return (
+        f"the kernel does not say that you are {user!r}, or that account makes no calls (root and the daemon's own do not);"
+        " to log in as another user, give a password or answer prompts"
+    )
 
 
 def _answers(

@@ -1,6 +1,5 @@
 """The blocking connection: pumps the protocol's core itself."""
 
-import getpass
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,7 +101,7 @@ class Connection:
         timeout: float | None = None,
     ) -> "Session":
         """As `srpc_client.Connection.login`, blocking."""
-        name = getpass.getuser() if user is None else user
+        name = addresses.own_name(self.address) if user is None else user
         if mechanism is None:
             local = isinstance(self.address, Local) and password is None and prompt is None
             mechanism = "peer" if local else "pam"

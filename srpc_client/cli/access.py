@@ -59,7 +59,7 @@ class Access:
 
     def dial(self) -> blocking.Connection:
         """Connect and log in. Raises SrpcError."""
-        own = getpass.getuser()
+        own = addresses.own_name(self.where)
         if isinstance(self.where, Local):
             if self._user in (None, own) and self.credential_file is None:
                 return blocking.dial(self.where, timeout=self.timeout)

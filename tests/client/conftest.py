@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import pwd
 import socket
 import threading
 import time
@@ -260,7 +261,7 @@ class FakeDaemon:
         }
         self.generation: dict[str, int] = {}  # of a path; another one is another file
         self.accounts = {"alice": ["secret"], "bob": ["hunter2"]}
-        self.local_users = {"alice", "root", os.environ.get("USER", "root")}
+        self.local_users = {"alice", pwd.getpwuid(os.geteuid()).pw_name}
         self.conversation = [[Prompt("secret", "Password: ")]]
         self.last_words: list[Prompt] = []
         self.unreadable: set[str] = set()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import pwd
 import socket
 from pathlib import Path
 
 import pytest
 
-from srpc_client import Unreachable, UntrustedServer
+from srpc_client import SrpcError, Unreachable, UntrustedServer
 from srpc_client import address as addresses
 from srpc_client.address import Local, Remote
 from srpc_client.known_hosts import KnownHosts, default_path
@@ -42,6 +43,31 @@ def test_an_address_is_read_and_written_back(text: str, address: addresses.Addre
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"address|port|path"):
         addresses.parse(text)
+
+
+def test_your_name_is_your_accounts_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = pwd.getpwuid(os.geteuid()).pw_name
+    for said in ("nobody", "an-account-that-is-none"):
+        monkeypatch.setenv("LOGNAME", said)
+        assert addresses.own_name(Local("/run/x.sock")) == own
+        assert addresses.own_name(Remote("calc.example", 7443)) == said
+    monkeypatch.setenv("LOGNAME", own)
+    assert addresses.own_name(Local("/run/x.sock")) == own
+
+
+def test_a_uid_without_an_account_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for call in ("getuid", "geteuid"):
+        monkeypatch.setattr(os, call, lambda: 3_999_999_999)
+    for where in (Local("/run/x.sock"), Remote("calc.example", 7443)):
+        with pytest.raises(SrpcError, match=r"uid 3999999999 has no account.*--user"):
+            addresses.own_name(where)
+
+
+def test_a_host_without_an_address_has_an_errno_of_linux() -> None:
+    fault = addresses.from_os_error(socket.gaierror(socket.EAI_NONAME, "Name or service not known"), Remote("x.invalid", 1))
+    assert (fault.code, fault.message) == ("EHOSTUNREACH", "can't connect to x.invalid:1: Name or service not known")
 
 
 def test_the_default_is_the_environments_then_the_systems_then_the_users_own(

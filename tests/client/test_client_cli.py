@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import pwd
 import subprocess
 import sys
 import time
@@ -186,9 +187,17 @@ def test_tree_draws_what_may_be_seen(local: FakeDaemon, run: Run) -> None:
     assert names["private"]["children"] is None
 
 
+def test_who_makes_no_calls_is_not_told_about_a_password(local: FakeDaemon, run: Run) -> None:
+    local.local_users.clear()
+    done = run("-a", local.address, "whoami")
+    assert done.returncode == 3
+    assert "root and the daemon's own do not" in done.stderr
+
+
 def test_whoami_says_who_where_and_how(local: FakeDaemon, run: Run) -> None:
     found = json.loads(run("-a", local.address, "whoami", "--json").stdout)
-    assert found == {"user": "alice", "server": local.address, "pin": None, "mechanism": "peer"}
+    own = pwd.getpwuid(os.geteuid()).pw_name  # and not what LOGNAME says, which the daemon would refuse
+    assert found == {"user": own, "server": local.address, "pin": None, "mechanism": "peer"}
     assert "mechanism  peer" in run("-a", local.address, "whoami").stdout
 
 
