@@ -128,6 +128,8 @@ class Request:
         if not 0 < errno < 4096:
             errno = EIO
         text = (message or wire_errors.sentence(errno))[: ERROR_MESSAGE_MAX // 4]
+        # A file name that is not UTF-8 (in str(fault) of an OSError) has lone surrogates, which the worker would refuse.
+        text = text.encode(errors="replace").decode()
         error = {"errno": errno, "code": wire_errors.code(errno), "message": text}
         self._core.answer(self, frames.frame(frames.ERROR, self.seq, json.dumps(error).encode()))
 

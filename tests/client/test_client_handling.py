@@ -75,6 +75,7 @@ def test_a_reply_is_what_the_worker_reads(core: HandlerCore) -> None:
         (13, "no", (13, "no")),
         (0, "odd", (EIO, "odd")),
         (99999, "odd", (EIO, "odd")),
+        (2, "caf\udce9.txt", (2, "caf?.txt")),
         (2, "", (2, "no such endpoint or directory")),
     ],
 )
