@@ -7,7 +7,7 @@ can write next to it.
 import grp
 import os
 import stat
-from errno import EACCES, EEXIST, EINVAL, ELOOP, ENOENT, ENOTDIR, ENXIO
+from errno import EACCES, EEXIST, EINVAL, ELOOP, ENOENT, ENOTDIR, ENXIO, EPERM
 
 from srpc_client.errors import SrpcError, UntrustedServer
 from srpcd.wire.errors import WireError
@@ -70,7 +70,7 @@ class EndpointPipe:
             # Only what was made here gets a mode: by descriptor, so that it is that very file.
             if self.made:
                 if group != -1:
-                    os.fchown(fd, -1, group)
+                    _give(fd, group)
                 os.fchmod(fd, mode)
         except BaseException:
             os.close(fd)
@@ -115,6 +115,24 @@ def _group(group: str | int | None) -> int:
         return grp.getgrnam(group).gr_gid
     except KeyError:
         raise SrpcError(EINVAL, f"there is no group {group!r} on this host") from None
+
+
+def _give(fd: int, group: int) -> None:
+    try:
+        os.fchown(fd, -1, group)
+    except PermissionError:
+        raise OSError(
+            EPERM,
+            f"this process is not a member of the group {_group_name(group)}, and so can't give it the endpoint: add its"
+            " account to that group, or let an administrator make the pipe",
+        ) from None
+
+
+def _group_name(group: int) -> str:
+    try:
+        return grp.getgrgid(group).gr_name
+    except KeyError:
+        return str(group)
 
 
 def _open_directory(root: str, elements: list[str]) -> int:

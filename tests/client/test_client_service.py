@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from errno import EACCES, ECANCELED, EEXIST, EINVAL, EIO, ENOENT, EOPNOTSUPP, EPERM
@@ -19,6 +20,7 @@ import srpc_client
 import srpc_client.line
 from srpc_client import Announcement, CallError, Request, SrpcError
 from srpc_client.callers import LINES_PER_CALLER
+from srpc_client.endpoint import EndpointPipe
 from srpcd.wire import frames, messages
 from srpcd.wire.limits import MIB
 
@@ -130,6 +132,30 @@ async def test_a_group_that_is_not_there_is_named(local: FakeDaemon, tree: Path)
     with pytest.raises(SrpcError, match="no group 'nosuchgroup'"):
         await srpc_client.announce("/calc/add", group="nosuchgroup", address=local.address, tree=str(tree))
     assert not (tree / "calc/add").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody in no group")
+def test_who_is_not_in_the_group_is_told_so() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as tree:  # where somebody else can get to
+        os.chmod(tree, 0o777)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                EndpointPipe(tree, "/add", 0o620, 0)
+            except SrpcError as fault:
+                os.write(write, str(fault).encode())
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        os.close(write)
+        with open(read, encoding="utf-8") as said:
+            sentence = said.read()
+        assert sentence.startswith(f"EPERM: {tree}/add: this process is not a member of the group root")
+        assert os.listdir(tree) == []
 
 
 async def test_a_refused_announcement_takes_its_pipe_with_it(local: FakeDaemon, tree: Path) -> None:
