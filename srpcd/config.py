@@ -18,6 +18,10 @@ MEMORY_MIN, MEMORY_MAX = 16 << 20, 1 << 50
 """Bytes: what a user's worker and one small program need to get anywhere, and more than there is anywhere."""
 
 
+RUNTIME_MAX = 107 - len("/srpc.sock")
+"""Bytes of paths.runtime: sockaddr_un holds 108, one of them for the NUL at the end."""
+
+
 class ConfigError(Exception):
     """The configuration can't be used; the message says which file, which key, and why."""
 
@@ -171,6 +175,8 @@ def load(file: Path | None, overrides: list[str], personal: bool) -> Config:
         config = msgspec.convert(table, Config)
     except msgspec.ValidationError as fault:
         raise ConfigError(f"{source}: {_place(str(fault))}") from None
+    except UnicodeEncodeError:  # lone surrogates: the file is UTF-8
+        raise ConfigError("command line: --set holds a byte that is not UTF-8") from None
     _check(config, source)
     return config
 
@@ -203,6 +209,8 @@ def _check(config: Config, source: Path) -> None:
         path = getattr(config.paths, name)
         if not os.path.isabs(path) or "\0" in path:
             raise ConfigError(f"{source}: paths.{name}: {path!r} is not an absolute path")
+    if config.listen.local and len(os.fsencode(config.paths.runtime)) > RUNTIME_MAX:
+        raise ConfigError(f"{source}: paths.runtime: over {RUNTIME_MAX} bytes, with which srpc.sock in it can't be bound")
     for address in config.listen.tcp:
         try:
             tcp_address(address)

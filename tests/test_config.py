@@ -26,6 +26,7 @@ PAIRS = [
     ("limits = 3", "limits: Expected `object`, got `int`"),
     ('[paths]\ntree = "srv/rpc"', "paths.tree: 'srv/rpc' is not an absolute path"),
     ('[paths]\ntree = "/srv\\u0000"', "paths.tree: '/srv\\x00' is not an absolute path"),
+    (f'[paths]\nruntime = "/{"x" * 97}"', "paths.runtime: over 97 bytes"),
     ('[authentication]\nallow = ["root"]', "authentication.allow: root can't be allowed"),
     ('[authentication]\npam_service = "../x"', "authentication.pam_service: '../x' is not the name of a file"),
     ('[authentication]\npam_service = ""', "authentication.pam_service"),
@@ -51,6 +52,11 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b'gate_user = "\xff"')
     with pytest.raises(config.ConfigError, match="utf-8"):
         config.load(file, [], personal=False)
+
+
+def test_an_override_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(config.ConfigError, match="--set holds a byte that is not UTF-8"):
+        config.load(None, ["limits.workers=\udcff"], personal=False)
 
 
 def test_a_directory_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
