@@ -30,6 +30,9 @@ NOT_BEFORE = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 NOT_AFTER = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
 """RFC 5280, 4.1.2.5: no well-defined date at which it expires."""
 
+RSA_MIN = 2048
+"""Bits: what security level 2 of OpenSSL, Debian's, takes."""
+
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
 """What TLS 1.3 servers sign with."""
 
@@ -164,6 +167,9 @@ def _read_key(path: str) -> PrivateKey:
         raise KeyFault(path, "holds no private key in PEM form", "move it away to have a new one made") from None
     if not isinstance(key, PrivateKey):
         raise KeyFault(path, "is of a kind that TLS 1.3 does not sign with", "use ECDSA, RSA or Ed25519")
+    # Found here and not by OpenSSL in a gate, which could only die of it, again and again.
+    if isinstance(key, rsa.RSAPrivateKey) and key.key_size < RSA_MIN:
+        raise KeyFault(path, f"is an RSA key of {key.key_size} bits", f"make one of {RSA_MIN} at least, or use ECDSA")
     return key
 
 

@@ -176,6 +176,12 @@ def test_a_key_that_can_not_sign_is_refused(pair: Pair) -> None:
     assert f"{pair[0]}: is of a kind that TLS 1.3 does not sign with" in fault(pair)
 
 
+def test_an_rsa_key_that_openssl_would_not_take_is_refused(pair: Pair) -> None:
+    ensure(pair)
+    pair[0].write_bytes(pem(rsa.generate_private_key(65537, 1024)))
+    assert f"{pair[0]}: is an RSA key of 1024 bits; make one of 2048 at least" in fault(pair)
+
+
 @pytest.mark.parametrize("kind", ["rsa", "ed25519"])
 def test_an_administrators_own_key_gets_a_certificate(pair: Pair, kind: str) -> None:
     pair[0].parent.mkdir(mode=0o700)
