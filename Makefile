@@ -82,7 +82,7 @@ $(POLICY): $(wildcard policy/srpc.[fit]? policy/examples/*/*.?? policy/tests/*) 
 	$(MAKE) -C policy $(notdir $@)
 
 # build/deb keeps the libraries that are fetched for the package, by the hash of what names them.
-DEB_SOURCES := $(shell find srpcd srpc_client systemd docs/man -type f -not -path '*/__pycache__/*')
+DEB_SOURCES := $(shell find srpcd srpc_client systemd docs policy/examples README.md CHANGELOG.md -type f -not -path '*/__pycache__/*')
 $(DEB): $(DEB_SOURCES) pyproject.toml policy/srpc.pp policy/srpc.if
 	@$(call apt,$(PYTHON) -c "import ensurepip",python3-venv)
 	$(PYTHON) -I systemd/debian/build.py build/deb $@

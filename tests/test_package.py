@@ -219,6 +219,39 @@ def test_it_holds_the_manual(contents: Path) -> None:
         assert gzip.decompress(there.read_bytes()) == page.read_bytes()
 
 
+DOC = "usr/share/doc/srpc"
+
+
+def test_it_holds_the_documents_and_the_examples(contents: Path) -> None:
+    there = {"README.md": "README.md", "CHANGELOG.md": "CHANGELOG.md"}
+    there |= {f"docs/{each.name}": f"docs/{each.name}" for each in (REPOSITORY / "docs").glob("*.md")}
+    there |= {f"docs/examples/{each.name}": f"examples/{each.name}" for each in (REPOSITORY / "docs/examples").glob("*.py")}
+    assert len(there) > 10
+    for source, installed in there.items():
+        assert (contents / DOC / installed).read_bytes() == (REPOSITORY / source).read_bytes(), installed
+
+
+def test_no_link_of_a_document_leads_nowhere(contents: Path) -> None:
+    documents = [each for each in files(contents / DOC) if each.suffix == ".md"]
+    assert documents
+    for document in documents:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            assert re.match(r"https?://", link) or (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_what_texts_point_to_below_the_documents_is_there(contents: Path) -> None:
+    texts = [
+        contents / "lib/systemd/system/srpcd.service",
+        *(each for each in files(contents / DOC) if each.suffix == ".md"),
+    ]
+    named = {
+        name.rstrip(".") for text in texts for name in re.findall(rf"/{DOC}/[\w./-]+", text.read_text(encoding="utf-8"))
+    }
+    assert f"/{DOC}/docs/systemd.md" in named
+    for name in named:
+        assert (contents / name[1:]).exists(), name
+
+
 @pytest.mark.parametrize(
     ("shell", "script", "ask"),
     [
@@ -257,9 +290,10 @@ def test_a_shell_without_anything_else_completes(contents: Path, tmp_path: Path,
 
 def test_the_same_sources_make_the_same_package_wherever_they_are(package: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere"
-    for each in ("srpcd", "srpc_client", "systemd", "policy", "docs/man"):
+    for each in ("srpcd", "srpc_client", "systemd", "policy", "docs"):
         shutil.copytree(REPOSITORY / each, other / each, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPOSITORY / "pyproject.toml", other)
+    for each in ("pyproject.toml", "README.md", "CHANGELOG.md"):
+        shutil.copy(REPOSITORY / each, other)
     build = other / "systemd/debian/build.py"
     result = tmp_path / package.name
     subprocess.run([SYSTEM_PYTHON, "-I", build, REPOSITORY / "build/deb", result], check=True, capture_output=True)

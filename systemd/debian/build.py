@@ -26,6 +26,14 @@ DEBIAN = Path(__file__).resolve().parent
 HOME = "/usr/lib/srpc"
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 SITE = f"{HOME}/lib/{PYTHON}/site-packages"
+DOC = "/usr/share/doc/srpc"
+
+
+def _each(directory: str, pattern: str, target: str) -> list[tuple[str, str]]:
+    """The rows of FILES for what is in a directory of the sources."""
+    places = sorted(place for place in (SOURCE / directory).glob(pattern) if place.is_file())
+    return [(place.relative_to(SOURCE).as_posix(), target) for place in places]
+
 
 FILES = (
     ("systemd/srpcd.service", "/lib/systemd/system/"),
@@ -34,17 +42,21 @@ FILES = (
     ("systemd/srpc.tmpfiles.conf", "/usr/lib/tmpfiles.d/srpc.conf"),
     ("systemd/debian/srpcd.toml", "/etc/srpc/"),
     ("systemd/debian/srpcd.pam", "/etc/pam.d/srpcd"),
-    ("systemd/debian/copyright", "/usr/share/doc/srpc/"),
+    ("systemd/debian/copyright", f"{DOC}/"),
     ("systemd/debian/lintian-overrides", "/usr/share/lintian/overrides/srpc"),
     ("policy/srpc.pp", "/usr/share/selinux/packages/srpc/"),
     ("policy/srpc.if", "/usr/share/selinux/devel/include/contrib/"),
-    ("policy/examples/payroll/payroll.te", "/usr/share/doc/srpc/examples/payroll/"),
-    ("policy/examples/payroll/payroll.fc", "/usr/share/doc/srpc/examples/payroll/"),
-    ("policy/examples/payroll/salary", "/usr/share/doc/srpc/examples/payroll/"),
-    ("policy/examples/payroll/salaries.csv", "/usr/share/doc/srpc/examples/payroll/"),
+    ("README.md", f"{DOC}/"),
+    ("CHANGELOG.md", f"{DOC}/"),
+    *_each("docs", "*.md", f"{DOC}/docs/"),
+    *_each("docs/plots", "*.svg", f"{DOC}/docs/plots/"),
+    *_each("docs/examples", "*", f"{DOC}/examples/"),
+    *_each("policy/examples/payroll", "*", f"{DOC}/examples/payroll/"),
 )
+"""Documents are not compressed, and lie to each other as in the sources: so their links lead somewhere."""
+
 COMPRESSED = (
-    ("systemd/debian/changelog", "/usr/share/doc/srpc/changelog.gz"),
+    ("systemd/debian/changelog", f"{DOC}/changelog.gz"),
     ("docs/man/srpcd.8", "/usr/share/man/man8/srpcd.8.gz"),
     ("docs/man/srpcd.toml.5", "/usr/share/man/man5/srpcd.toml.5.gz"),
     ("docs/man/srpc.1", "/usr/share/man/man1/srpc.1.gz"),
@@ -53,6 +65,9 @@ LINKS = (
     (f"{HOME}/bin/python3", "../../../bin/python3"),
     ("/usr/sbin/srpcd", "../lib/srpc/bin/srpcd"),
     ("/usr/bin/srpc", "../lib/srpc/bin/srpc"),
+    (f"{DOC}/docs/examples", "../examples"),
+    (f"{DOC}/policy/examples", "../examples"),
+    (f"{DOC}/policy/srpc.if", "../../../selinux/devel/include/contrib/srpc.if"),
 )
 SCRIPTS = {
     "srpcd": "import sys\n\nfrom srpcd.__main__ import main\n\nsys.exit(main())\n",
