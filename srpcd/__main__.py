@@ -25,6 +25,7 @@ from srpcd.monitor.front import Front, Terms
 from srpcd.monitor.launch import Identity, Table
 from srpcd.monitor.listeners import address_of, listen
 from srpcd.monitor.monitor import Monitor
+from srpcd.monitor.pamsession import DIRECTORIES
 from srpcd.monitor.service import Renewal, Service
 from srpcd.monitor.systemd import Manager
 
@@ -50,8 +51,7 @@ def main(arguments: list[str] | None = None, table: Table | None = None) -> int:
         sys.stderr.write(f"srpcd: {fault}\n")
         return 2
     if options.check:
-        sys.stdout.write("srpcd: the configuration is good\n")
-        return 0
+        return _check(config, personal)
     log = Log(2, config.log.format, config.log.level, is_journal(2, os.environ))
 
     def load() -> Config:
@@ -65,6 +65,35 @@ def main(arguments: list[str] | None = None, table: Table | None = None) -> int:
     except Exception as fault:
         log.event("error", "stop", reason=f"a fault of the daemon itself: {fault!r}")
         raise
+    return 0
+
+
+def _check(config: Config, personal: bool) -> int:
+    """Say whether a start with this would succeed, and what would not be as it was meant. Returns the exit status."""
+    doubts = []
+    if not personal:
+        try:
+            accounts = [_gate_account(name) for name in (config.gate_user, config.local_gate_user)]
+        except StartFault as fault:
+            sys.stderr.write(f"srpcd: {fault}\n")
+            return 2
+        doubts = [
+            f"gate_user, local_gate_user: {each.pw_name!r} is an account that people use: its other processes can touch the "
+            f"daemon's; network processes need accounts of their own"
+            for each in accounts
+            if each.pw_uid >= config.authentication.uid_min and os.path.basename(each.pw_shell) not in ("nologin", "false")
+        ]
+    service = config.authentication.pam_service.lower()  # as libpam has it
+    if not any(os.path.exists(os.path.join(directory, service)) for directory in DIRECTORIES):
+        doubts.append(
+            f"authentication.pam_service: no file {service!r} in {' or '.join(DIRECTORIES)}: PAM goes by the one "
+            f"for 'other', and without that refuses every login"
+        )
+    with suppress(OSError):  # not there: it is made at the start
+        if os.stat(config.paths.tree).st_mode & stat.S_IWOTH:
+            doubts.append(f"paths.tree: everybody may write in {config.paths.tree}, and so put endpoints there")
+    sys.stderr.writelines(f"srpcd: warning: {each}\n" for each in doubts)
+    sys.stdout.write("srpcd: the configuration is good\n" if not doubts else "srpcd: the configuration can be used\n")
     return 0
 
 
@@ -158,6 +187,11 @@ def _own_context() -> str:
 
 
 def _gate_identity(user: str, own_context: str) -> Identity:
+    entry = _gate_account(user)
+    return Identity(entry.pw_uid, entry.pw_gid, (), selinux.with_domain(own_context, selinux.GATE))
+
+
+def _gate_account(user: str) -> pwd.struct_passwd:
     try:
         entry = pwd.getpwnam(user)
     except KeyError:
@@ -167,7 +201,7 @@ def _gate_identity(user: str, own_context: str) -> Identity:
         ) from None
     if entry.pw_uid == 0:
         raise StartFault(f"gate_user, local_gate_user: {user!r} is root; network processes need accounts of their own")
-    return Identity(entry.pw_uid, entry.pw_gid, (), selinux.with_domain(own_context, selinux.GATE))
+    return entry
 
 
 def _prepare(config: Config, own: Identity, personal: bool) -> None:

@@ -3,6 +3,7 @@
 A wrong key, type or value is refused with the file, the key and the reason (`ConfigError`); nothing is guessed.
 """
 
+import copy
 import ipaddress
 import os
 import tomllib
@@ -11,7 +12,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.001, le=7 * 86400)]
+Interval = Annotated[float, msgspec.Meta(ge=0.1, le=7 * 86400)]
+"""Seconds between two of what costs something each time: much less, and the daemon would do nothing else."""
+
+
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 MEMORY_MIN, MEMORY_MAX = 16 << 20, 1 << 50
@@ -57,11 +62,11 @@ class Authentication(Section, frozen=True):
 
     pam_service: str = "srpcd"
     allow: list[str] = []
-    uid_min: Annotated[int, msgspec.Meta(ge=1)] = 1000
+    uid_min: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF_FFFE)] = 1000
     timeout: Seconds = 60.0
     afid_age: Seconds = 3600.0
     session_age: Seconds = 86400.0
-    refresh: Seconds = 120.0
+    refresh: Interval = 120.0
     refusal: Seconds = 2.0
 
 
@@ -89,7 +94,7 @@ class Limits(Section, frozen=True):
     resident_idle: Seconds = 300.0
     drain: Seconds = 10.0
     stall: Seconds = 20.0
-    buffer: Annotated[int, msgspec.Meta(ge=65536)] = 4 * 1024 * 1024
+    buffer: Annotated[int, msgspec.Meta(ge=65536, le=1 << 30)] = 4 * 1024 * 1024
 
 
 class Users(Section, frozen=True):
@@ -167,17 +172,36 @@ def load(file: Path | None, overrides: list[str], personal: bool) -> Config:
             raise ConfigError(f"{source}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
         raise ConfigError(f"{source}: {fault}") from None
+    whole = copy.deepcopy(table)
     for override in overrides:
-        _override(table, override)
+        _override(whole, override)
+    try:
+        return _converted(whole, personal)
+    except ConfigError as fault:
+        culprit = f"{source}" if not overrides or f"{fault}" == _fault_of(table, personal) else "command line: --set"
+        raise ConfigError(f"{culprit}: {fault}") from None
+
+
+def _fault_of(table: dict[str, Any], personal: bool) -> str:
+    """What is wrong with the file alone; empty if nothing is."""
+    try:
+        _converted(table, personal)
+    except ConfigError as fault:
+        return str(fault)
+    return ""
+
+
+def _converted(table: dict[str, Any], personal: bool) -> Config:
+    """Checked. Raises ConfigError, which does not say where it stands."""
     if personal and isinstance(table.setdefault("paths", {}), dict):
         table["paths"] = personal_paths() | table["paths"]
     try:
         config = msgspec.convert(table, Config)
     except msgspec.ValidationError as fault:
-        raise ConfigError(f"{source}: {_place(str(fault))}") from None
+        raise ConfigError(_place(str(fault))) from None
     except UnicodeEncodeError:  # lone surrogates: the file is UTF-8
-        raise ConfigError("command line: --set holds a byte that is not UTF-8") from None
-    _check(config, source)
+        raise ConfigError("holds a byte that is not UTF-8") from None
+    _check(config)
     return config
 
 
@@ -204,31 +228,31 @@ def _place(fault: str) -> str:
     return f"{place.rstrip('`')}: {reason}" if at else reason
 
 
-def _check(config: Config, source: Path) -> None:
+def _check(config: Config) -> None:
     for name in Paths.__struct_fields__:
         path = getattr(config.paths, name)
         if not os.path.isabs(path) or "\0" in path:
-            raise ConfigError(f"{source}: paths.{name}: {path!r} is not an absolute path")
+            raise ConfigError(f"paths.{name}: {path!r} is not an absolute path")
     if config.listen.local and len(os.fsencode(config.paths.runtime)) > RUNTIME_MAX:
-        raise ConfigError(f"{source}: paths.runtime: over {RUNTIME_MAX} bytes, with which srpc.sock in it can't be bound")
+        raise ConfigError(f"paths.runtime: over {RUNTIME_MAX} bytes, with which srpc.sock in it can't be bound")
     for address in config.listen.tcp:
         try:
             tcp_address(address)
         except ValueError as fault:
-            raise ConfigError(f"{source}: listen.tcp: {address!r}: {fault}") from None
+            raise ConfigError(f"listen.tcp: {address!r}: {fault}") from None
     if not config.listen.tcp and not config.listen.local:
-        raise ConfigError(f"{source}: listen: neither tcp nor local: nothing to listen on")
+        raise ConfigError("listen: neither tcp nor local: nothing to listen on")
     service = config.authentication.pam_service
     if not service or "/" in service or "\0" in service:
-        raise ConfigError(f"{source}: authentication.pam_service: {service!r} is not the name of a file in /etc/pam.d")
+        raise ConfigError(f"authentication.pam_service: {service!r} is not the name of a file in /etc/pam.d")
     if config.gate_user == config.local_gate_user:
-        raise ConfigError(f"{source}: local_gate_user: the two kinds of gates need accounts of their own")
+        raise ConfigError("local_gate_user: the two kinds of gates need accounts of their own")
     try:
         size(config.users.memory)
     except ValueError as fault:
-        raise ConfigError(f"{source}: users.memory: {config.users.memory!r}: {fault}") from None
+        raise ConfigError(f"users.memory: {config.users.memory!r}: {fault}") from None
     if "root" in config.authentication.allow:
-        raise ConfigError(f"{source}: authentication.allow: root can't be allowed: no call is ever made as root")
+        raise ConfigError("authentication.allow: root can't be allowed: no call is ever made as root")
 
 
 def tcp_address(address: str) -> tuple[str, int]:

@@ -18,12 +18,16 @@ PAIRS = [
     ("[limits]\nworkers = 0", "limits.workers: Expected `int` >= 1"),
     ("[limits]\nworkers = true", "limits.workers: Expected `int`, got `bool`"),
     ('[limits]\nworkers = "many"', "limits.workers: Expected `int`, got `str`"),
-    ("[limits]\ncall_timeout = -1", "limits.call_timeout: Expected `float` > 0.0"),
+    ("[limits]\ncall_timeout = -1", "limits.call_timeout: Expected `float` >= 0.001"),
     ("[limits]\ncall_timeout = nan", "limits.call_timeout"),
     ("[limits]\noutstanding = 5000", "limits.outstanding: Expected `int` <= 4096"),
     ("[limits]\nworker = 1", "limits: Object contains unknown field `worker`"),
     ("[limit]\nworkers = 1", "Object contains unknown field `limit`"),
     ("limits = 3", "limits: Expected `object`, got `int`"),
+    (f"[limits]\nbuffer = {10**21}", "limits.buffer: Expected `int` <= 1073741824"),
+    (f"[authentication]\nuid_min = {10**21}", "authentication.uid_min: Expected `int` <= 4294967294"),
+    ("[authentication]\nrefresh = 1e-300", "authentication.refresh: Expected `float` >= 0.1"),
+    ("[authentication]\nrefusal = 1e-310", "authentication.refusal: Expected `float` >= 0.001"),
     ('[paths]\ntree = "srv/rpc"', "paths.tree: 'srv/rpc' is not an absolute path"),
     ('[paths]\ntree = "/srv\\u0000"', "paths.tree: '/srv\\x00' is not an absolute path"),
     (f'[paths]\nruntime = "/{"x" * 97}"', "paths.runtime: over 97 bytes"),
@@ -55,7 +59,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_override_that_is_not_utf8_is_refused() -> None:
-    with pytest.raises(config.ConfigError, match="--set holds a byte that is not UTF-8"):
+    with pytest.raises(config.ConfigError, match="--set: holds a byte that is not UTF-8"):
         config.load(None, ["limits.workers=\udcff"], personal=False)
 
 
@@ -94,6 +98,31 @@ def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: st
     file.write_text('gate_user = "x"')
     with pytest.raises(config.ConfigError, match="command line"):
         config.load(file, [override], personal=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "words"),
+    [
+        ("", "limits.workers=0", "command line: --set: limits.workers: Expected `int` >= 1"),
+        ("", "paths.tree=here", "command line: --set: paths.tree: 'here' is not an absolute path"),
+        ("[limits]\nworkers = true", "limits.workers=0", "command line: --set: limits.workers: Expected `int` >= 1"),
+        ("[limits]\nworkers = 0", "limits.drain=1", "FILE: limits.workers"),
+        ("[limits]\nworkers = 0", "limits.workers=3", ""),
+    ],
+)
+def test_what_is_wrong_is_told_of_the_file_or_of_the_command_line(
+    tmp_path: Path, text: str, override: str, words: str
+) -> None:
+    file = tmp_path / "srpcd.toml"
+    file.write_text(text)
+    try:
+        config.load(file, [override], personal=False)
+    except config.ConfigError as fault:
+        said = str(fault).replace(str(file), "FILE")
+    else:
+        said = ""
+    assert said.startswith(words)
+    assert bool(said) == bool(words)
 
 
 def test_a_user_has_places_of_his_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
