@@ -84,6 +84,15 @@ def default() -> Address:
     raise Unreachable(ENOENT, f"no sRPC daemon runs here ({SYSTEM_SOCKET} is not there): start srpcd, or name an address")
 
 
+def refuse_proof(where: Local, pins: object, ca: object) -> None:
+    """Raise ValueError where `pins` or `ca` is given: nobody would look at it, and another server may have been meant."""
+    if pins is not None or ca is not None:
+        raise ValueError(
+            f"pins= and ca= are for a server on another host: {where} is a local socket, whose server has no key; that it "
+            f"runs as root or as you is what is checked there"
+        )
+
+
 def own_name(where: Address) -> str:
     """The name of your own account: on a local socket the one that the kernel says, since a wrong $LOGNAME would be refused.
 

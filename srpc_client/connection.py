@@ -44,6 +44,8 @@ async def connect(
     Raises Unreachable, UntrustedServer, PinMismatch; ValueError for arguments that can't be right.
     """
     where = addresses.parse(address)
+    if isinstance(where, Local):
+        addresses.refuse_proof(where, pins, ca)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT if timeout is None else timeout):
             if isinstance(where, Local):

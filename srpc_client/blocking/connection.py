@@ -41,6 +41,7 @@ def connect(
     where = addresses.parse(address)
     deadline = time.monotonic() + (CONNECT_TIMEOUT if timeout is None else timeout)
     if isinstance(where, Local):
+        addresses.refuse_proof(where, pins, ca)
         return Connection(reach.local(where, deadline), where, "", busy_poll)
     link, pin = reach.remote(where, None if pins is None else tls.checked_pins(pins), ca, deadline)
     return Connection(link, where, pin, busy_poll)

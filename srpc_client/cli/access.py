@@ -61,6 +61,11 @@ class Access:
         """Connect and log in. Raises SrpcError."""
         own = addresses.own_name(self.where)
         if isinstance(self.where, Local):
+            if self._pins or self._ca is not None:
+                raise click.UsageError(
+                    f"--pin and --ca are for a server on another host: {self.where} is a local socket, whose server has no "
+                    "key; that it runs as root or as you is what is checked there"
+                )
             if self._user in (None, own) and self.credential_file is None:
                 return blocking.dial(self.where, timeout=self.timeout)
             return self._login(blocking.connect(self.where, timeout=self.timeout), self._user or own)

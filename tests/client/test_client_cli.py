@@ -84,6 +84,8 @@ def test_a_call_gives_the_reply_as_it_is(local: FakeDaemon, run: Run) -> None:
         (["--timeout", "nan", "ls"], 2, "nan is no number of seconds"),
         (["pin"], 2, "local socket and has no key"),
         (["--pin", "x", "--ca", "y", "ls"], 2, "give one"),
+        (["--pin", "garbage", "ls"], 2, "is a local socket, whose server has no key"),
+        (["--ca", "no-such-file", "ls"], 2, "is a local socket, whose server has no key"),
         (["--password-file", "-", "call", "/echo"], 2, "either the password or the payload"),
         (["-u", "mallory", "--password-file", "/nonexistent", "ls"], 3, "/nonexistent: No such file"),
     ],

@@ -60,6 +60,17 @@ def test_what_is_no_pin_is_refused_before_anything_is_done(pins: Any) -> None:
         checked_pins(pins)
 
 
+@pytest.mark.parametrize(
+    "proof", [{"pins": OTHER_PIN}, {"pins": ["garbage"]}, {"pins": ()}, {"ca": True}, {"ca": "no-file"}]
+)
+async def test_a_proof_that_a_local_socket_can_not_give_is_not_asked_of_it(
+    local: FakeDaemon, connect: Connect, proof: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="is a local socket, whose server has no key"):
+        await connect(local.address, **proof)
+    assert local.peers == []
+
+
 async def test_the_pinned_server_is_talked_to(remote: FakeDaemon, connect: Connect) -> None:
     connection = await connect(remote.address, pins=remote.pin)
     assert connection.pin == remote.pin
