@@ -323,7 +323,11 @@ class Session(Identified):
         timeout: float | None,  # noqa: ASYNC109
     ) -> tuple[bytes, bytes]:
         if timeout is not None:
-            return await _within(timeout, self._exchange(path, payload, metadata, None))
+            try:
+                return await _within(timeout, self._exchange(path, payload, metadata, None))
+            except CallTimeout as fault:
+                fault.filename = path
+                raise
         pump = self._pump
         if pump.crowded:
             await pump.room()
@@ -331,9 +335,10 @@ class Session(Identified):
         refusal: CallError | None = None
         if place is not None:
             waiter = self._loop.create_future()
-            seq = pump.core.call(place.fid, payload, metadata, waiter)
-            pump.submit()
+            seq = 0
             try:
+                seq = pump.core.call(place.fid, payload, metadata, waiter)
+                pump.submit()
                 reply: tuple[bytes, bytes] = await waiter
                 return reply
             except asyncio.CancelledError:
@@ -342,6 +347,7 @@ class Session(Identified):
                 raise
             except CallError as fault:
                 if fault.errno not in procedures.RETRIED:
+                    fault.filename = path
                     raise
                 refusal = fault
 
@@ -349,20 +355,27 @@ class Session(Identified):
             return requests.call(fid, payload, metadata)
 
         procedure = procedures.on_path(self._book, self._state, path, request, place=place, refusal=refusal)
-        answer: tuple[bytes, bytes] = await self.connection._run(procedure)
+        answer: tuple[bytes, bytes] = await self._run(path, procedure)
         return answer
+
+    async def _run(self, path: str, procedure: Procedure[T], timeout: float | None = None) -> T:  # noqa: ASYNC109
+        try:
+            return await self.connection._run(procedure, timeout)
+        except (CallError, CallTimeout) as fault:
+            fault.filename = path
+            raise
 
     async def append(self, path: str, text: str, timeout: float | None = None) -> str:  # noqa: ASYNC109
         """Call with text, for a text. Raises as `call`; CallError (EILSEQ) where the reply is not UTF-8."""
-        return await self.connection._run(procedures.append(self._book, self._state, path, text), timeout)
+        return await self._run(path, procedures.append(self._book, self._state, path, text), timeout)
 
     async def stat(self, path: str = "/", timeout: float | None = None) -> StatReply:  # noqa: ASYNC109
         """Describe a file or directory; of a directory's names, the first page. Raises as `call`."""
-        return await self.connection._run(procedures.stat(self._book, self._state, path), timeout)
+        return await self._run(path, procedures.stat(self._book, self._state, path), timeout)
 
     async def list(self, path: str = "/", timeout: float | None = None) -> list[str]:  # noqa: ASYNC109
         """All names in a directory, sorted by their bytes. Raises as `call`; CallError (EACCES) if they may not be read."""
-        return await self.connection._run(procedures.listing(self._book, self._state, path), timeout)
+        return await self._run(path, procedures.listing(self._book, self._state, path), timeout)
 
     async def close(self) -> None:
         """Log out: nothing of this session is left on the server."""

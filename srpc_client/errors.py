@@ -1,7 +1,7 @@
 """What goes wrong, as one small tree. Each error has an errno of Linux, its name, and a sentence that says what to do.
 
     OSError
-    └── SrpcError             .errno, .code ("EACCES"), .message
+    └── SrpcError             .errno, .code ("EACCES"), .message, .filename (the path of a call, walk or stat; else None)
         ├── CallError         the server, the kernel there or the handler refused or failed this request
         ├── CallTimeout       the time given to a call was over (also a TimeoutError); the handler has been told
         ├── AuthenticationError   the server did not accept who you say you are
@@ -22,6 +22,7 @@ class SrpcError(OSError):
     """Base of all errors of this package.
 
     errno: a Linux errno (> 0). message: a sentence for a person; the protocol's own for this errno when empty.
+    filename: the path, as it was given, where what failed was asked for by path (CallError, CallTimeout); else None.
     """
 
     def __init__(self, errno: int, message: str = "") -> None:
@@ -38,7 +39,11 @@ class SrpcError(OSError):
         return self.strerror or ""
 
     def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
+        text = f"{self.code}: {self.message}"
+        return text if self.filename is None else f"{text}: {self.filename!r}"
+
+    def __reduce__(self) -> tuple[object, ...]:  # OSError's own would give `filename` to __init__
+        return type(self), (self.errno, self.message), self.__dict__ | {"filename": self.filename}
 
 
 class CallError(SrpcError):

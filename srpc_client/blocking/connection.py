@@ -224,8 +224,12 @@ class Session(Identified):
         if place is not None:
             try:
                 return connection._pump.call(place.fid, payload, metadata, deadline)
+            except CallTimeout as fault:
+                fault.filename = path
+                raise
             except CallError as fault:
                 if fault.errno not in procedures.RETRIED:
+                    fault.filename = path
                     raise
                 refusal = fault
         left = None if deadline is None else deadline - time.monotonic()
@@ -238,8 +242,15 @@ class Session(Identified):
             return requests.call(fid, payload, metadata)
 
         procedure = procedures.on_path(self._book, self._state, path, request, place=place, refusal=refusal)
-        answer: tuple[bytes, bytes] = self.connection._run(procedure, left)
+        answer: tuple[bytes, bytes] = self._run(path, procedure, left)
         return answer
+
+    def _run(self, path: str, procedure: Procedure[T], timeout: float | None = None) -> T:
+        try:
+            return self.connection._run(procedure, timeout)
+        except (CallError, CallTimeout) as fault:
+            fault.filename = path
+            raise
 
     def call_many(self, path: str, payloads: Iterable[bytes], window: int = 64) -> Iterator[bytes]:
         """Call once for each payload, up to `window` at a time; yields the replies in the payloads' order.
@@ -259,9 +270,14 @@ class Session(Identified):
                     yield self._taken(path, slot, payload, place)
                 for payload in self._as_many_as(waiting, min(window, BUSY) - len(flying)):
                     known = self._book.get(self._state, path)
-                    place = known or self.connection._run(procedures.place_of(self._book, self._state, path))
+                    place = known or self._run(path, procedures.place_of(self._book, self._state, path))
                     slot = Slot()
-                    flying.append((slot, pump.core.call(place.fid, payload, b"", slot), payload, place))
+                    try:
+                        seq = pump.core.call(place.fid, payload, b"", slot)
+                    except CallError as fault:
+                        fault.filename = path
+                        raise
+                    flying.append((slot, seq, payload, place))
                 if not flying:
                     return
                 pump.claim()
@@ -283,20 +299,22 @@ class Session(Identified):
     def _taken(self, path: str, slot: Slot, payload: bytes, place: Place) -> bytes:
         if isinstance(slot.error, CallError) and slot.error.errno in procedures.RETRIED:
             return self._slowly(path, payload, b"", None, place, slot.error)[0]
+        if isinstance(slot.error, CallError):
+            slot.error.filename = path
         reply: bytes = slot.taken()[0]
         return reply
 
     def append(self, path: str, text: str, timeout: float | None = None) -> str:
         """As `srpc_client.Session.append`, blocking."""
-        return self.connection._run(procedures.append(self._book, self._state, path, text), timeout)
+        return self._run(path, procedures.append(self._book, self._state, path, text), timeout)
 
     def stat(self, path: str = "/", timeout: float | None = None) -> StatReply:
         """As `srpc_client.Session.stat`, blocking."""
-        return self.connection._run(procedures.stat(self._book, self._state, path), timeout)
+        return self._run(path, procedures.stat(self._book, self._state, path), timeout)
 
     def list(self, path: str = "/", timeout: float | None = None) -> list[str]:
         """As `srpc_client.Session.list`, blocking."""
-        return self.connection._run(procedures.listing(self._book, self._state, path), timeout)
+        return self._run(path, procedures.listing(self._book, self._state, path), timeout)
 
     def close(self) -> None:
         """Log out: nothing of this session is left on the server."""

@@ -5,11 +5,25 @@ from __future__ import annotations
 import asyncio
 import getpass
 import os
+import pickle
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from errno import EACCES, EAGAIN, ECANCELED, ECONNRESET, EINVAL, EISDIR, EKEYEXPIRED, ENOENT, EPERM, ESTALE
+from collections.abc import AsyncIterator, Callable, Sequence
+from errno import (
+    EACCES,
+    EAGAIN,
+    ECANCELED,
+    ECONNRESET,
+    EINVAL,
+    EISDIR,
+    EKEYEXPIRED,
+    EMSGSIZE,
+    ENOENT,
+    EPERM,
+    ESTALE,
+    ETIMEDOUT,
+)
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -106,6 +120,58 @@ async def test_a_refused_call_says_why_and_the_connection_goes_on(daemon: FakeDa
             await dialer.call(connection, path)
         assert caught.value.errno == errno
     assert await dialer.call(connection, "/calc/add", b"1 2") == b"3"
+
+
+@pytest.mark.parametrize(
+    ("ask", "path", "errno"),
+    [
+        (lambda c: c.call("/calc/refuses", b""), "/calc/refuses", EACCES),
+        (lambda c: c.call("calc/refuses", b""), "calc/refuses", EACCES),
+        (lambda c: c.session.exchange("/calc/refuses", b""), "/calc/refuses", EACCES),
+        (lambda c: c.call("/missing", b""), "/missing", ENOENT),
+        (lambda c: c.call("/calc/add", b"x" * (1 << 24 | 1)), "/calc/add", EMSGSIZE),
+        (lambda c: c.call("/calc/never", b"", timeout=0.05), "/calc/never", ETIMEDOUT),
+        (lambda c: c.append("/missing", "text"), "/missing", ENOENT),
+        (lambda c: c.stat("/missing"), "/missing", ENOENT),
+        (lambda c: c.list("/secret"), "/secret", EACCES),
+    ],
+)
+async def test_an_error_carries_the_path_that_it_is_about(
+    local: FakeDaemon, dialer: Dialer, ask: Callable[[Any], Any], path: str, errno: int
+) -> None:
+    local.endpoints |= {"calc/refuses": refusal(EACCES, "no"), "secret/x": refusal(EACCES)}
+    local.unreadable.add("secret")
+    connection = await dialer.dial(local)
+    for _known in (False, True):
+        with pytest.raises((CallError, CallTimeout)) as caught:
+            await dialer.do(ask(connection))
+        assert (caught.value.errno, caught.value.filename) == (errno, path)
+        assert str(caught.value) == f"{caught.value.code}: {caught.value.message}: {path!r}"
+
+
+async def test_each_of_many_calls_says_which_one_failed(local: FakeDaemon) -> None:
+    local.endpoints |= {"calc/refuses": refusal(EACCES, "no")}
+    async with await srpc_client.dial(local.address) as connection:
+        calls = (connection.call(path, b"") for path in ("/calc/add", "/calc/refuses", "/missing"))
+        found = await asyncio.gather(*calls, return_exceptions=True)
+    assert [getattr(each, "filename", None) for each in found] == [None, "/calc/refuses", "/missing"]
+
+
+@pytest.mark.parametrize(("path", "payload"), [("/calc/refuses", b""), ("/missing", b""), ("/echo", b"x" * (1 << 24 | 1))])
+def test_the_first_error_of_many_blocking_calls_carries_their_path(local: FakeDaemon, path: str, payload: bytes) -> None:
+    local.endpoints |= {"calc/refuses": refusal(EACCES, "no")}
+    with blocking.dial(local.address) as connection, pytest.raises(CallError) as caught:
+        list(connection.session.call_many(path, [payload]))
+    assert caught.value.filename == path
+
+
+def test_an_error_with_a_path_survives_pickling() -> None:
+    fault = CallError(EACCES, "no")
+    fault.filename = "/calc/add"
+    copy = pickle.loads(pickle.dumps(fault))
+    assert (type(copy), str(copy), copy.filename) == (CallError, "EACCES: no: '/calc/add'", "/calc/add")
+    mismatch = pickle.loads(pickle.dumps(srpc_client.PinMismatch(found="sha256:x")))
+    assert (mismatch.found, mismatch.filename) == ("sha256:x", None)
 
 
 async def test_stat_and_list_tell_what_is_there(local: FakeDaemon, dialer: Dialer) -> None:
