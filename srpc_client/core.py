@@ -270,10 +270,12 @@ class ClientCore(frames.Receiver, Generic[W]):
     def lose(self, failure: SrpcError | None = None) -> list[W]:
         """The connection is over. Returns each waiter that was outstanding, once; afterwards none is.
 
-        failure: why; the server's own last words where it is None.
+        failure: why, to which the server's last words are added; those alone where it is None.
         """
         if self.failure is None:
             said = f"the server closed the connection and said {self._reason}" if self._reason else ""
+            if isinstance(failure, ConnectionLost) and said:
+                failure = ConnectionLost(message=f"{failure.message}; the server's last words were {self._reason}")
             self.failure = failure or ConnectionLost(message=said)
         waiters = [waiter for _kind, waiter in self._outstanding.values() if waiter is not None]
         self._outstanding.clear()

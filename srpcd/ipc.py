@@ -213,7 +213,10 @@ class Conversation(Message):
 
 
 class Verdict(Message):
-    """Authentication is over. errno: 0 accepted; EACCES refused; EAGAIN a limit; ETIMEDOUT not finished in time."""
+    """Authentication is over. errno: 0 accepted; EACCES refused; EAGAIN a limit; ETIMEDOUT not finished in time.
+
+    afid: 0, which is none: there will be no more, for the connection is about to be ended, and this is why.
+    """
 
     conn: int
     afid: int

@@ -303,7 +303,10 @@ class Connection:
         self._conversations.open(afid, fds)
 
     def verdict(self, afid: int, errno: int, message: str) -> None:
-        """An authentication is over."""
+        """An authentication is over; or, of the afid 0, the connection will be."""
+        if not afid:
+            self.session.warned(errno, message)
+            return
         self._conversations.poll(afid)
         self._conversations.close(afid)
         self.session.verdict(afid, errno, message)

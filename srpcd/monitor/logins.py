@@ -77,9 +77,9 @@ class Logins:
                 del connection.afids[message.afid]
             if connection.failures >= wire.FAILURES_MAX:
                 self._monitor.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
-                asyncio.get_running_loop().call_later(
-                    1.0, self._monitor.connection_over, connection
-                )  # after the last answer
+                last = ipc.Verdict(connection.number, 0, EACCES, "too many failed logins on this connection")
+                asyncio.get_running_loop().call_soon(connection.gate.send, last)  # after the answer, which is sent below
+                asyncio.get_running_loop().call_later(1.0, self._monitor.connection_over, connection)
         if not errno:
             afid.expires = time.monotonic() + self._monitor.config.authentication.afid_age
             connection.becomes_known()

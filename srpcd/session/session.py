@@ -150,6 +150,14 @@ class Session(frames.Receiver):
             if self._state is State.STRANGER:
                 self._enter(State.KNOWN)
 
+    def warned(self, errno: int, message: str) -> None:
+        """The connection is about to be ended. The peer is told why, by an error that answers no request."""
+        if not self.closed:
+            seq = 0
+            while seq in self._outstanding:
+                seq += 1
+            self.out.append(messages.error_frame(seq, errno, message))
+
     def attached(self, request: int, session: int) -> None:
         """The monitor made (or found) a session: the worker is to walk to the aname."""
         waiting = self._replies.asked(request)

@@ -87,6 +87,21 @@ def test_an_error_is_given_back_as_a_call_error(core: ClientCore[str]) -> None:
     assert core.failure is None
 
 
+def test_the_servers_last_words_are_told_however_the_connection_ends() -> None:
+    for failure, says in (
+        (None, "the server closed the connection and said EACCES: too many"),
+        (
+            ConnectionLost(message="the connection ended: reset"),
+            "the connection ended: reset; the server's last words were EACCES",
+        ),
+    ):
+        core: ClientCore[str] = ClientCore()
+        core.call(7, b"", b"", "waiter")
+        assert core.receive(messages.error_frame(0, EACCES, "too many")) == []
+        assert core.lose(failure) == ["waiter"]
+        assert core.lost().message.startswith(says)
+
+
 def test_a_listen_is_answered_many_times_until_its_error(core: ClientCore[str]) -> None:
     seq = ask(core, requests.listen(3), "listener")
     assert core.outstanding == 0  # it does not count: it stays for good

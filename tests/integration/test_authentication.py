@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from srpc_client import AuthenticationError, Prompt, blocking
+from srpc_client import AuthenticationError, ConnectionLost, Prompt, blocking
 from tests import realm
 from tests.integration.raw import (
     APPEND,
@@ -420,8 +420,20 @@ def test_six_failures_end_the_connection(connect: Callable[..., Raw]) -> None:
     for count in range(5):
         assert client.authenticate(count, f"stranger{count}", "x").data == "0"
     assert client.ask(AUTH, afid=5, uname="stranger5").kind == AUTH + 1
-    client.post(APPEND, {"fid": 5, "data": "x"})
-    assert [each.data for each in client.rest()] in ([], ["0"])  # and then the end
+    seq = client.post(APPEND, {"fid": 5, "data": "x"})
+    answer, why = client.rest()  # and then the end
+    assert (answer.seq, answer.data) == (seq, "0")
+    assert (why.kind, why.seq, why.errno) == (ERROR, 0, EACCES)
+    assert why.json["message"] == "too many failed logins on this connection"
+
+
+def test_the_library_says_why_the_connection_ended(daemon: realm.Daemon) -> None:
+    with blocking.connect(daemon.address, pins=[daemon.pin]) as connection:
+        for count in range(6):
+            with pytest.raises(AuthenticationError):
+                connection.login(f"guess{count}", password="x")
+        with pytest.raises(ConnectionLost, match="said EACCES: too many failed logins on this connection"):
+            connection.login("alice", password=realm.password("alice"))
 
 
 def test_one_s_own_success_in_between_gives_no_new_tries(connect: Callable[..., Raw]) -> None:

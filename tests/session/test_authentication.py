@@ -54,6 +54,19 @@ def test_a_refused_password_is_data_0_and_the_afid_wants_no_more() -> None:
     assert peer.ask(CLUNK, messages.Clunk(1)) == {}
 
 
+def test_why_a_connection_will_be_ended_is_an_error_that_answers_no_request() -> None:
+    peer = Peer()
+    peer.session.warned(EACCES, "too many failed logins")
+    assert peer.replies() == [(ERROR, 0, EACCES)]
+    for seq in (0, 1):
+        peer.send(AUTH, messages.Auth(seq, "alice"), seq=seq)
+    peer.session.warned(EACCES, "too many failed logins")
+    assert peer.replies() == [(ERROR, 2, EACCES)]
+    peer.session.end()
+    peer.session.warned(EACCES, "too many failed logins")
+    assert peer.replies() == []
+
+
 def test_several_prompts_of_one_step_take_one_append_each() -> None:
     peer = Peer()
     number = begin(peer)
