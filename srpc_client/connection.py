@@ -17,7 +17,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 from srpc_client import address as addresses
 from srpc_client import procedures, reach, requests, tls
 from srpc_client.address import CONNECT_TIMEOUT, Address, Local
-from srpc_client.errors import CallError, CallTimeout, Unreachable
+from srpc_client.errors import LATE_LOGIN, CallError, CallTimeout, Unreachable
 from srpc_client.link import Link
 from srpc_client.procedures import Ask, Book, Forget, Identified, Pause, Procedure, SessionState
 from srpc_client.pump import Pump, Waiter
@@ -88,16 +88,16 @@ async def dial(
             raise
         return connection
 
-    return await (both() if timeout is None else _within(timeout, both()))
+    return await (both() if timeout is None else _within(timeout, both(), LATE_LOGIN))
 
 
-async def _within(timeout: float, work: Awaitable[T]) -> T:  # noqa: ASYNC109
+async def _within(timeout: float, work: Awaitable[T], late: str = "") -> T:  # noqa: ASYNC109
     try:
         async with asyncio.timeout(timeout) as limit:
             return await work
     except TimeoutError:
         if limit.expired():
-            raise CallTimeout from None
+            raise CallTimeout(message=late) from None
         raise
 
 
@@ -133,11 +133,10 @@ class Connection:
         Raises AuthenticationError, CallError, CallTimeout, ConnectionLost, and what `prompt` raises.
         """
         name = addresses.own_name(self.address) if user is None else user
-        if mechanism is None:
-            local = isinstance(self.address, Local) and password is None and prompt is None
-            mechanism = "peer" if local else "pam"
-        who = procedures.Login(name, aname, mechanism, password, prompt is not None)
-        return Session(self, await self._run(procedures.login(self._book, who), timeout, prompt))
+        how = procedures.mechanism_for(mechanism, isinstance(self.address, Local) and password is None and prompt is None)
+        who = procedures.Login(name, aname, how, password, prompt is not None)
+        work = self._run(procedures.login(self._book, who), None, prompt)
+        return Session(self, await (work if timeout is None else _within(timeout, work, LATE_LOGIN)))
 
     @property
     def session(self) -> "Session":

@@ -50,11 +50,19 @@ _REPLY_TYPES: dict[int, type[messages.Message]] = {
 _CANCELLABLE = {frames.WALK_REPLY, frames.STAT_REPLY, frames.APPEND_REPLY, frames.CALL_REPLY}
 
 
-def _refuse_what_is_not_bytes(payload: object, metadata: object) -> None:
-    # Before the call is noted down: one that is outstanding and never sent would take a place for ever.
+def refuse_what_is_not_bytes(payload: object, metadata: object) -> None:
+    """Raise TypeError. To be asked before a call is noted down: one that is never sent would take a place for ever."""
     for name, value in (("payload", payload), ("metadata", metadata)):
         if not isinstance(value, bytes | bytearray | memoryview):
             raise TypeError(f"{name} is bytes, not {type(value).__name__}: text.encode() makes bytes of text")
+
+
+def too_long(payload: bytes, metadata: bytes) -> CallError:
+    """The error of a call that would not fit into a message."""
+    what, size, most = "payload", len(payload), f"{PAYLOAD_MAX >> 20} MiB"
+    if size <= PAYLOAD_MAX:
+        what, size, most = "metadata", len(metadata), f"{METADATA_MAX >> 10} KiB"
+    return CallError(EMSGSIZE, f"{size} bytes of {what}: a call carries at most {most}; send less at once")
 
 
 def _decoder(kind: type[messages.Message]) -> Callable[[bytes, int], object]:
@@ -111,12 +119,9 @@ class ClientCore(frames.Receiver, Generic[W]):
         if self.failure is not None:
             raise self.lost()
         if payload.__class__ is not bytes or metadata.__class__ is not bytes:
-            _refuse_what_is_not_bytes(payload, metadata)
+            refuse_what_is_not_bytes(payload, metadata)
         if len(payload) > PAYLOAD_MAX or len(metadata) > METADATA_MAX:
-            raise CallError(
-                EMSGSIZE,
-                f"a call carries at most {PAYLOAD_MAX} bytes, and {METADATA_MAX} bytes of metadata: send less at once",
-            )
+            raise too_long(payload, metadata)
         seq = self._seq = self._seq + 1
         self._outstanding[seq] = (CALL_REPLY, waiter)
         length = 12 + len(metadata) + len(payload)

@@ -18,6 +18,12 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+def refuse_mode(mode: int) -> None:
+    """Raise ValueError for more than the permissions of owner, group and others."""
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"mode={mode:#o}: a pipe has a mode from 0 to 0o777")
+
+
 class EndpointPipe:
     """The named pipe at a path of the tree: made if it is not there, else used as the administrator made it.
 
@@ -26,10 +32,11 @@ class EndpointPipe:
     `endpoint` is the path as the daemon has it. `made` tells whether this made it. It is held open for reading, which a
     worker's permission check finds and which keeps the inode from being used again; nobody reads it, and no data goes
     through it.
-    Raises SrpcError, with a sentence that names the file.
+    Raises SrpcError, with a sentence that names the file; ValueError for a mode that no pipe of ours has.
     """
 
     def __init__(self, tree: str, path: str, mode: int, group: str | int | None) -> None:
+        refuse_mode(mode)
         try:
             elements = split_aname(path)
         except WireError as fault:

@@ -57,6 +57,10 @@ class CallTimeout(SrpcError, TimeoutError):
         super().__init__(errno, message or "the time given to the call was over before its answer came")
 
 
+LATE_LOGIN = "the time given to connecting and logging in was over before it was done"
+"""What a CallTimeout says that is not one of a call."""
+
+
 class AuthenticationError(SrpcError):
     """The server did not accept the user: unknown, wrong password, expired, locked; it does not tell which."""
 

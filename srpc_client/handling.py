@@ -19,7 +19,7 @@ from srpcd.wire.limits import ERROR_MESSAGE_MAX, LARGE, LINE_OUTSTANDING_MAX, ME
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from typing import TypeAlias
 
     Answer: TypeAlias = bytes | bytearray | memoryview | None
@@ -276,6 +276,15 @@ def _split(body: bytes, seq: int) -> "tuple[bytes, bytes]":
 
 
 # --- running a handler -------------------------------------------------------------------------------------------------
+
+
+def refuse_what_is_no_handler(handlers: "Mapping[str, Handler]") -> None:
+    """Raise ValueError where there is none at all, TypeError for one that can't be called."""
+    if not handlers:
+        raise ValueError("there is nothing to serve: give a handler for at least one path")
+    for path, handler in handlers.items():
+        if not callable(handler):
+            raise TypeError(f"the handler of {path} is a {type(handler).__name__}, which can't be called")
 
 
 def begin(handler: "Handler", request: Request) -> "Awaitable[Answer] | None":

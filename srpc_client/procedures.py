@@ -9,8 +9,8 @@ a step is thrown in at the place where it was yielded. The asyncio and the block
 
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from errno import EACCES, EAGAIN, EINVAL, EKEYEXPIRED, ESTALE
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from errno import EACCES, EAGAIN, EBADF, EINVAL, EKEYEXPIRED, ESTALE
+from typing import Any, NamedTuple, TypeAlias, TypeVar, get_args
 
 from srpc_client import requests
 from srpc_client.errors import AuthenticationError, CallError
@@ -64,7 +64,7 @@ class Place(NamedTuple):
 class SessionState:
     """One user's session: who, from where on, and by which afid it can be attached again."""
 
-    __slots__ = ("afid", "aname", "generation", "mechanism", "root", "user")
+    __slots__ = ("afid", "aname", "closed", "generation", "mechanism", "root", "user")
 
     def __init__(self, user: str, aname: str, mechanism: Mechanism, afid: int, root: Place) -> None:
         self.user = user
@@ -73,6 +73,12 @@ class SessionState:
         self.afid = afid
         self.root = root
         self.generation = 0  # how often it has been attached again
+        self.closed = False
+
+    def refuse_if_closed(self) -> None:
+        """Raises CallError (EBADF): its fids are gone, and the server would say just that."""
+        if self.closed:
+            raise CallError(EBADF, "the session was closed on this side: log in again")
 
 
 class Identified:
@@ -146,6 +152,15 @@ class Login(NamedTuple):
     mechanism: Mechanism
     password: str | None
     interactive: bool
+
+
+def mechanism_for(asked: Mechanism | None, by_kernel: bool) -> Mechanism:
+    """The mechanism to log in with. by_kernel: whether it can be "peer". Raises ValueError for one that there is none of."""
+    if asked is None:
+        return "peer" if by_kernel else "pam"
+    if asked not in get_args(Mechanism):
+        raise ValueError(f"mechanism={asked!r}: there are {' and '.join(get_args(Mechanism))}")
+    return asked
 
 
 def login(book: Book, who: Login) -> Procedure[SessionState]:
@@ -250,9 +265,13 @@ def place_of(book: Book, session: SessionState, path: str) -> Procedure[Place]:
     place = book.get(session, path)
     if place is not None:
         return place
+    session.refuse_if_closed()
     generation = session.generation
     fid = book.new()
     reply: messages.Qid = yield requests.walk(session.root.fid, fid, path.removeprefix("/"))
+    if session.closed:  # meanwhile
+        yield Forget(fid)
+        session.refuse_if_closed()
     other = book.places.get((session, path))
     if other is not None:  # somebody else walked there at the same time
         yield Forget(fid)
@@ -378,5 +397,6 @@ def append(book: Book, session: SessionState, path: str, text: str) -> Procedure
 
 def logout(book: Book, session: SessionState) -> Procedure[None]:
     """End a session: clunk all that it has."""
+    session.closed = True
     for fid in [*book.drop(session), session.root.fid, session.afid]:
         yield Forget(fid)

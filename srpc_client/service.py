@@ -30,9 +30,9 @@ from srpc_client import requests
 from srpc_client.address import Address, Local
 from srpc_client.callers import Callers
 from srpc_client.connection import Connection, connect
-from srpc_client.endpoint import EndpointPipe, open_line
+from srpc_client.endpoint import EndpointPipe, open_line, refuse_mode
 from srpc_client.errors import CallError, ConnectionLost, SrpcError
-from srpc_client.handling import Caller, HandlerCore
+from srpc_client.handling import Caller, HandlerCore, refuse_what_is_no_handler
 from srpc_client.line import Line
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.wire.messages import AnnounceReply, ListenReply, PingReply
@@ -220,8 +220,11 @@ class Announcer:
         handler: answers the requests of all lines; without one, take them from `Announcement.listen`.
         keep: leave the pipe there afterwards (several processes that serve one path want that).
         Raises SrpcError (EACCES: the kernel does not let this process serve there), CallError, Unreachable,
-        UntrustedServer.
+        UntrustedServer; ValueError for a mode beyond 0o777, TypeError for a handler that can't be called.
         """
+        refuse_mode(mode)
+        if handler is not None:
+            refuse_what_is_no_handler({path: handler})
         async with self._connecting:
             connection, tree = await self._connected()
         pipe = EndpointPipe(tree, path, mode, group)
@@ -329,8 +332,9 @@ async def serve(
     handlers: path to handler. A handler gets a Request and returns the reply, or None for an empty one. Synchronous ones
     are called directly, and must not take long; asynchronous ones run as tasks, and are cancelled when their call is. A
     CallError that a handler raises is its caller's error; any other exception is EIO for the caller, and logged.
-    The rest, and the errors, as `Announcer.announce`.
+    The rest, and the errors, as `Announcer.announce`; ValueError where there is nothing to serve.
     """
+    refuse_what_is_no_handler(handlers)
     async with AsyncExitStack() as stack:
         announcer = await stack.enter_async_context(Announcer(address, tree=tree))
         for path, handler in handlers.items():

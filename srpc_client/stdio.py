@@ -37,6 +37,8 @@ def serve_stdio(handler: "Handler") -> None:
     it raises is the caller's error; any other exception is EIO for the caller and a traceback on standard error.
     Raises SystemExit where the other end does not speak as a worker does (a person who started the program by hand).
     """
+    if not callable(handler):
+        raise TypeError(f"the handler is a {type(handler).__name__}, which can't be called")
     # Descriptors 0 and 1 are taken out of everybody's reach: print() and input() of the handler, and of programs that
     # it starts, must neither break nor eat frames.
     source, sink = os.dup(0), os.dup(1)

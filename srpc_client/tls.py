@@ -123,8 +123,8 @@ class Handshake:
             if self._pins is not None:
                 return self._mismatch()
             return UntrustedServer(
-                message="no trusted authority vouches for the server's certificate: pin its key, or give ca= the authority's"
-                " certificate"
+                message="no trusted authority vouches for the server's certificate: pin its key, or give the authority's"
+                " certificate (ca=, or srpc --ca)"
             )
         if isinstance(fault, SSL.SysCallError):
             return SrpcError(EPROTO, "the server ended the connection during the TLS handshake: is it an sRPC server?")

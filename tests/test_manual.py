@@ -9,7 +9,7 @@ import click
 import msgspec
 import pytest
 
-from srpc_client.cli import cli
+from srpc_client.cli.commands import cli
 from srpcd import __main__ as daemon
 from srpcd.config import Config
 

@@ -14,7 +14,7 @@ from srpc_client.address import CONNECT_TIMEOUT, Address, Local
 from srpc_client.blocking import reach
 from srpc_client.blocking.pump import Pump, Slot
 from srpc_client.core import BUSY
-from srpc_client.errors import CallError, CallTimeout
+from srpc_client.errors import LATE_LOGIN, CallError, CallTimeout
 from srpc_client.link import Link
 from srpc_client.procedures import Ask, Book, Forget, Identified, Pause, Place, Procedure, SessionState
 from srpc_client.requests import Reply, Send
@@ -103,11 +103,12 @@ class Connection:
     ) -> "Session":
         """As `srpc_client.Connection.login`, blocking."""
         name = addresses.own_name(self.address) if user is None else user
-        if mechanism is None:
-            local = isinstance(self.address, Local) and password is None and prompt is None
-            mechanism = "peer" if local else "pam"
-        who = procedures.Login(name, aname, mechanism, password, prompt is not None)
-        return Session(self, self._run(procedures.login(self._book, who), timeout, prompt))
+        how = procedures.mechanism_for(mechanism, isinstance(self.address, Local) and password is None and prompt is None)
+        who = procedures.Login(name, aname, how, password, prompt is not None)
+        try:
+            return Session(self, self._run(procedures.login(self._book, who), timeout, prompt))
+        except CallTimeout:
+            raise CallTimeout(message=LATE_LOGIN) from None
 
     @property
     def session(self) -> "Session":

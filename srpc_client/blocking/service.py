@@ -20,9 +20,9 @@ from srpc_client import pipes, requests
 from srpc_client.address import Address, Local
 from srpc_client.blocking.connection import Connection, connect
 from srpc_client.callers import Callers
-from srpc_client.endpoint import EndpointPipe, open_line
+from srpc_client.endpoint import EndpointPipe, open_line, refuse_mode
 from srpc_client.errors import CallError, SrpcError
-from srpc_client.handling import HIGH_WATER, Caller, HandlerCore, Request, begin
+from srpc_client.handling import HIGH_WATER, Caller, HandlerCore, Request, begin, refuse_what_is_no_handler
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.alarm import Alarm
 from srpcd.wire.errors import ProtocolError
@@ -56,6 +56,8 @@ def serve(
     a signal's handler) ends it as well. Either way the calls that are there are finished first.
     Raises as `srpc_client.serve`.
     """
+    refuse_what_is_no_handler(handlers)
+    refuse_mode(mode)
     where = addresses.parse(address)
     if not isinstance(where, Local):
         raise SrpcError(EOPNOTSUPP, f"{where}: endpoints are announced on the host that has them, over its local socket")

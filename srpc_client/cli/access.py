@@ -4,7 +4,7 @@ import getpass
 import os
 import sys
 from collections.abc import Sequence
-from errno import EINVAL, ENOTTY
+from errno import EINVAL, ENOTTY, ETIMEDOUT
 from typing import Literal
 
 import click
@@ -13,7 +13,7 @@ from srpc_client import address as addresses
 from srpc_client import blocking
 from srpc_client.address import Address, Local, Remote
 from srpc_client.cli.show import plain
-from srpc_client.errors import AuthenticationError, PinMismatch, SrpcError, UntrustedServer
+from srpc_client.errors import AuthenticationError, CallTimeout, PinMismatch, SrpcError, UntrustedServer
 from srpc_client.known_hosts import KnownHosts
 from srpcd.wire.limits import PASSWORD_MAX
 from srpcd.wire.messages import Prompt
@@ -58,7 +58,13 @@ class Access:
         return self.where
 
     def dial(self) -> blocking.Connection:
-        """Connect and log in. Raises SrpcError."""
+        """Connect and log in. Raises SrpcError; AuthenticationError also where the time for it was over."""
+        try:
+            return self._dial()
+        except CallTimeout as fault:
+            raise AuthenticationError(ETIMEDOUT, fault.message) from None
+
+    def _dial(self) -> blocking.Connection:
         own = addresses.own_name(self.where)
         if isinstance(self.where, Local):
             if self._pins or self._ca is not None:

@@ -185,9 +185,8 @@ def _files(stage: Path) -> None:
 
 def _completion(stage: Path, shell: str) -> bytes:
     """The script that click makes for a shell."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(stage / SITE[1:])!r}); from srpc_client.cli import cli; cli(prog_name='srpc')"
-    )
+    site = str(stage / SITE[1:])
+    code = f"import sys; sys.path.insert(0, {site!r}); from srpc_client.cli.commands import cli; cli(prog_name='srpc')"
     environment = {"PATH": os.environ["PATH"], "_SRPC_COMPLETE": f"{shell}_source"}
     return subprocess.run([sys.executable, "-IB", "-c", code], check=True, stdout=subprocess.PIPE, env=environment).stdout
 

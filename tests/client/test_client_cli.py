@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from srpcd.wire import frames
+
 if TYPE_CHECKING:
     from tests.client.conftest import FakeDaemon, MakeRemote
 
@@ -118,6 +120,35 @@ def test_what_is_wrong_with_its_own_streams_is_one_sentence(
     assert done.stderr.startswith("srpc: ")
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_login_that_takes_too_long_is_no_login(local: FakeDaemon, run: Run) -> None:
+    local.on[frames.AUTH] = lambda *_: True
+    done = run("-a", local.address, "--timeout", "0.3", "call", "/calc/add", "x")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "srpc: the time given to connecting and logging in was over before it was done (ETIMEDOUT)\n"
+
+
+def test_a_payload_that_is_too_large_is_told_with_the_bound(local: FakeDaemon, run: Run, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(17_000_000)
+    line = f"{' '.join(COMMAND)} -a {local.address} call /calc/add <{tmp_path}/large"
+    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr == "srpc: 17000000 bytes of payload: a call carries at most 16 MiB; send less at once (EMSGSIZE)\n"
+
+
+def test_interrupted_while_it_loads_it_ends_without_a_word(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt\n")
+    environment["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    done = subprocess.run([*COMMAND, "ls"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_authority_that_does_not_vouch_is_told_in_the_commands_words(remote: FakeDaemon, run: Run) -> None:
+    done = run("-a", remote.address, "--ca", "system", "ls")
+    assert done.returncode == 3
+    assert "srpc --ca" in done.stderr
 
 
 def test_metadata_is_bytes_as_the_payload_is(local: FakeDaemon, run: Run) -> None:

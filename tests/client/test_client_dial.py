@@ -86,6 +86,63 @@ def refusal(errno: int, message: str = "") -> Any:
     return endpoint
 
 
+async def test_a_mechanism_that_there_is_none_of_is_refused_before_anything_is_sent(
+    daemon: FakeDaemon, dialer: Dialer
+) -> None:
+    with pytest.raises(ValueError, match="mechanism='foo': there are pam and peer"):
+        await dialer.dial(daemon, mechanism="foo")
+    assert daemon.received == []
+
+
+async def test_a_closed_session_says_so(local: FakeDaemon, dialer: Dialer) -> None:
+    connection = await dialer.dial(local)
+    other = await dialer.do(connection.login("alice"))
+    await dialer.call(connection, "/calc/add", b"1")
+    await dialer.do(connection.session.close())
+    for path in ("/calc/add", "/echo"):
+        with pytest.raises(CallError, match="EBADF: the session was closed on this side: log in again"):
+            await dialer.call(connection, path, b"1")
+    assert await dialer.do(other.call("/calc/add", b"1")) == b"1"
+
+
+async def test_a_walk_that_ends_after_its_session_leaves_no_fid(local: FakeDaemon) -> None:
+    async with await srpc_client.dial(local.address) as connection:
+        call = asyncio.create_task(connection.call("/calc/add", b"1"))
+        await asyncio.sleep(0)
+        await connection.session.close()
+        with pytest.raises(CallError, match="EBADF"):
+            await call
+        await connection.ping()
+        assert local.count("walk") == 1
+        assert local.count("clunk") in (2, 3)
+        assert list(connection._book.places) == []
+
+
+async def test_a_login_that_takes_too_long_is_not_told_of_a_call(daemon: FakeDaemon, dialer: Dialer) -> None:
+    daemon.on[frames.AUTH] = lambda *_: True
+    with pytest.raises(CallTimeout, match="connecting and logging in"):
+        await dialer.dial(daemon, timeout=0.2)
+
+
+@pytest.mark.parametrize(("payload", "metadata"), [(1 << 24 | 1, 0), (0, 1 << 16 | 1)])
+async def test_what_is_too_long_is_told_in_the_same_words_on_the_first_call_and_later(
+    local: FakeDaemon, dialer: Dialer, payload: int, metadata: int
+) -> None:
+    connection = await dialer.dial(local)
+    said = set()
+    for _known in (False, True):
+        with pytest.raises(CallError) as caught:
+            await dialer.call(connection, "/echo", bytes(payload), metadata=bytes(metadata))
+        said.add(caught.value.message)
+    what = (
+        "16777217 bytes of payload: a call carries at most 16 MiB"
+        if payload
+        else "65537 bytes of metadata: a call carries at"
+    )
+    assert len(said) == 1
+    assert said.pop().startswith(what)
+
+
 # --- calls -------------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from errno import EACCES, ECANCELED, EEXIST, EINVAL, EIO, ENOENT, EOPNOTSUPP, EPERM
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -68,6 +68,46 @@ async def test_announcing_makes_the_pipe_with_the_mode_that_was_asked_for_and_wi
         assert local.announced == ["/calc/add"]
     assert not (tree / "calc/add").exists()
     assert local.count("clunk") == 1
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+@pytest.mark.parametrize(
+    ("handlers", "options", "fault", "says"),
+    [
+        ({}, {}, ValueError, "nothing to serve"),
+        ({"/calc/add": lambda _: b"", "/calc/sub": "sub"}, {}, TypeError, "the handler of /calc/sub is a str"),
+        ({"/calc/add": lambda _: b""}, {"mode": 0o60660}, ValueError, "mode=0o60660: a pipe has a mode from 0 to 0o777"),
+        ({"/calc/add": lambda _: b""}, {"mode": -1}, ValueError, "mode=-0o1"),
+    ],
+)
+async def test_what_can_not_be_served_is_refused_before_anything_is_made(
+    local: FakeDaemon, tree: Path, kind: str, handlers: Any, options: Any, fault: type[Exception], says: str
+) -> None:
+    options |= {"address": local.address, "tree": str(tree)}
+
+    async def serve() -> None:
+        if kind == "blocking":
+            srpc_client.blocking.serve(handlers, until=lambda: True, **options)
+        else:
+            await asyncio.wait_for(srpc_client.serve(handlers, **options), 1)
+
+    with pytest.raises(fault, match=says):
+        await serve()
+    assert list((tree / "calc").iterdir()) == []
+    assert local.announced == []
+
+
+async def test_announcing_refuses_a_mode_and_a_handler_that_are_none(local: FakeDaemon, tree: Path) -> None:
+    with pytest.raises(ValueError, match="0o60660"):
+        await srpc_client.announce("/calc/add", mode=0o60660, address=local.address, tree=str(tree))
+    async with srpc_client.Announcer(local.address, tree=str(tree)) as announcer:
+        with pytest.raises(TypeError, match="the handler of /calc/add is a int"):
+            await announcer.announce("/calc/add", handler=3)  # type: ignore[arg-type]
+
+
+def test_a_resident_program_without_a_handler_says_so_at_once() -> None:
+    with pytest.raises(TypeError, match="the handler is a NoneType"):
+        srpc_client.serve_stdio(None)  # type: ignore[arg-type]
 
 
 async def test_the_default_mode_lets_the_group_call_and_nobody_else(local: FakeDaemon, tree: Path) -> None:
