@@ -68,3 +68,8 @@ def test_the_commands_of_the_table_are_the_commands_there_are() -> None:
     documented = set(re.findall(r"`(\w+)(?: [^`]*)?`", "".join(re.findall(r"^\| (`.*?) \|", TEXT, re.MULTILINE))))
     assert listed == documented & listed
     assert {"call", "ls", "stat", "tree", "whoami", "pin"} <= listed
+
+
+def test_no_line_is_longer_than_those_of_the_sources() -> None:
+    text = (ROOT / "docs/client.md").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if len(line) > 125] == []
