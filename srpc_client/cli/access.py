@@ -65,22 +65,28 @@ class Access:
             raise AuthenticationError(ETIMEDOUT, fault.message) from None
 
     def _dial(self) -> blocking.Connection:
-        own = addresses.own_name(self.where)
+        user = self._user or addresses.own_name(self.where)  # who says a name needs none of his own: see `_is_own`
         if isinstance(self.where, Local):
             if self._pins or self._ca is not None:
                 raise click.UsageError(
                     f"--pin and --ca are for a server on another host: {self.where} is a local socket, whose server has no "
                     "key; that it runs as root or as you is what is checked there"
                 )
-            if self._user in (None, own) and self.credential_file is None:
+            if self.credential_file is None and self._is_own(user):
                 return blocking.dial(self.where, timeout=self.timeout)
-            return self._login(blocking.connect(self.where, timeout=self.timeout), self._user or own)
+            return self._login(blocking.connect(self.where, timeout=self.timeout), user)
         if self._ca is not None:
             ca: str | Literal[True] = True if self._ca == "system" else self._ca
             connection = blocking.connect(self.where, ca=ca, timeout=self.timeout)
         else:
             connection = self._connect_pinned()
-        return self._login(connection, self._user or own)
+        return self._login(connection, user)
+
+    def _is_own(self, user: str) -> bool:
+        try:
+            return user == addresses.own_name(self.where)
+        except SrpcError:  # a uid without an account, as in many containers: every name is another one's
+            return False
 
     def _login(self, connection: blocking.Connection, user: str) -> blocking.Connection:
         try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from srpc_client.cli.access import Access
 from srpcd.wire import frames
 
 if TYPE_CHECKING:
@@ -232,6 +233,20 @@ def test_whoami_says_who_where_and_how(local: FakeDaemon, run: Run) -> None:
     own = pwd.getpwuid(os.geteuid()).pw_name  # and not what LOGNAME says, which the daemon would refuse
     assert found == {"user": own, "server": local.address, "pin": None, "mechanism": "peer"}
     assert "mechanism  peer" in run("-a", local.address, "whoami").stdout
+
+
+def test_a_uid_without_an_account_logs_in_as_whom_it_says(
+    remote: FakeDaemon, local: FakeDaemon, password: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what the sentence about a uid without an account tells to do; many containers have such a one."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for call in ("getuid", "geteuid"):
+        monkeypatch.setattr(os, call, lambda: 3_999_999_999)
+    with Access(remote.address, "alice", [remote.pin], None, password, None).dial() as connection:
+        assert connection.call("/calc/add", b"1 2") == b"3"
+    access = Access(local.address, "alice", [], None, None, None)
+    assert not access._is_own("alice")
 
 
 # --- trust -------------------------------------------------------------------------------------------------------------
