@@ -10,7 +10,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
-from errno import ECANCELED
+from errno import EAGAIN, ECANCELED
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +25,10 @@ CONCURRENT_MAX = 256
 
 HELD_MAX = 4 * PAYLOAD_MAX
 """Bytes of payload of these, above which further requests wait too: 256 of the largest would be four gigabytes."""
+
+DEAF_MAX = 5.0
+"""Seconds for which a caller is not read because his requests wait and none of his asynchronous handlers ends. That he waits
+no longer, or has gone, comes behind the requests: after that he is read on, and what he asks for more is answered EAGAIN."""
 
 PATIENCE = 0.001
 """Seconds for which synchronous handlers may keep the replies of a batch waiting."""
@@ -52,6 +56,8 @@ class Line:
         self._size = 0  # bytes of payload in _requests
         self._held = 0  # and of those that asynchronous handlers have
         self._tasks: set[asyncio.Future[Answer]] = set()
+        self._deaf: asyncio.TimerHandle | None = None  # not read, for these
+        self._refusing = False  # read in spite of that
         self._wakeup: asyncio.Event | None = None  # of those who wait in `ready` and in `__anext__`
         self._unsent: bytes | memoryview = b""
         self._scheduled = False
@@ -108,7 +114,10 @@ class Line:
 
     def _read_on(self) -> None:
         """Read, or stop reading, as the bounds want it."""
-        wanted = self._size <= HIGH_WATER and self._backlog <= HIGH_WATER and not self._over.is_set()
+        crowded = self._size > HIGH_WATER and not self._refusing
+        wanted = not crowded and self._backlog <= HIGH_WATER and not self._over.is_set()
+        if crowded and self._tasks and self._deaf is None and not self._over.is_set():
+            self._deaf = self._loop.call_later(DEAF_MAX, self._refuse)
         if wanted == self._reading:
             return
         self._reading = wanted
@@ -116,6 +125,18 @@ class Line:
             self._loop.add_reader(self._receive, self._on_readable)
         else:
             self._loop.remove_reader(self._receive)
+
+    def _refuse(self) -> None:
+        """Hear the caller again, though nothing more of his is taken."""
+        self._refusing = True
+        self._read_on()
+
+    def _hear(self) -> None:
+        """A handler has ended, or nobody is to be heard any more."""
+        self._refusing = False
+        if self._deaf is not None:
+            self._deaf.cancel()
+            self._deaf = None
 
     def _on_readable(self) -> None:
         try:
@@ -135,6 +156,10 @@ class Line:
         self._take(requests)
 
     def _take(self, requests: list[Request]) -> None:
+        if self._refusing:
+            for request in requests:
+                request.fail(EAGAIN, "earlier calls keep the handler of this caller's calls busy")
+            requests = []
         self._requests.extend(requests)
         self._size += sum([len(request.payload) for request in requests])
         if self._handler is not None:
@@ -181,6 +206,7 @@ class Line:
     def _ended(self, request: Request, size: int, task: "asyncio.Future[Answer]") -> None:
         self._tasks.discard(task)
         self._held -= size
+        self._hear()
         if task.cancelled():
             if not request.answered:
                 request.fail(ECANCELED)
@@ -240,6 +266,7 @@ class Line:
         if self._over.is_set():
             return
         self._over.set()
+        self._hear()
         self._read_on()
         self._loop.remove_writer(self._send)
         os.close(self._receive)

@@ -10,7 +10,7 @@ import stat
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from errno import EACCES, ECANCELED, EEXIST, EINVAL, EIO, ENOENT, EOPNOTSUPP, EPERM
+from errno import EACCES, EAGAIN, ECANCELED, EEXIST, EINVAL, EIO, ENOENT, EOPNOTSUPP, EPERM
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -456,6 +456,48 @@ async def test_asynchronous_handlers_hold_a_bounded_amount_of_one_callers_payloa
         for seq in range(1, 13):
             assert await in_thread(worker.reply, seq) == b"%d" % (MIB // 2)
         await writing
+
+
+@pytest.mark.parametrize("goes", [False, True])
+async def test_a_caller_is_heard_when_his_handlers_never_end_and_more_waits(
+    goes: bool, local: FakeDaemon, tree: Path, make_line: MakeLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a call is cancelled stands behind what waits for it to end: unread, the line would be of no use ever again."""
+    monkeypatch.setattr(srpc_client.line, "HELD_MAX", MIB)
+    monkeypatch.setattr(srpc_client.line, "DEAF_MAX", 0.3)
+    seen: list[str] = []
+
+    async def handler(request: Request) -> bytes:
+        if not request.payload:
+            return b"at once"
+        seen.append("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append("ended")
+        return b""
+
+    worker = make_line()
+    async with serving(local, tree, worker, handler):
+        large = messages.call_body(0, bytes(MIB + 1))
+        for seq in range(1, 3):
+            await in_thread(worker.write, frames.frame(frames.CALL, seq, large))
+        await until(lambda: seen == ["begun"])
+        if goes:
+            worker.hang_up()
+            await until(lambda: "ended" in seen)
+            return
+        worker.call(3, b"")
+        error = await in_thread(worker.error, 3)
+        assert isinstance(error, messages.Error)
+        assert error.errno == EAGAIN
+        for seq in range(1, 3):
+            worker.flush(seq)
+        for seq in range(1, 3):
+            await in_thread(worker.error, seq)
+        assert seen == ["begun", "ended"]
+        worker.call(4, b"")
+        assert await in_thread(worker.reply, 4) == b"at once"
 
 
 async def test_an_error_of_a_handler_reaches_its_caller_and_any_other_exception_only_the_log(
