@@ -3,16 +3,18 @@
 import ctypes
 import ctypes.util
 import os
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from srpcd.gate.tls import Tls, server_context
 from srpcd.wire.frames import APPEND, HEADER
 from srpcd.wire.limits import LARGE, MIB
 from tests.gate.test_gate_slow import resident
-from tests.gate.world import World
+from tests.gate.world import World, certificate
 
 LIBRARY = ctypes.util.find_library("ssl")
 
@@ -21,18 +23,24 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="needs the system's libs
 Start = Callable[..., World]
 
 
+def system_client(sock: socket.socket) -> tuple[ctypes.c_void_p, Any]:
+    """The client's end of a TLS connection, and the system's OpenSSL to use it with."""
+    library: Any = ctypes.CDLL(LIBRARY)
+    for name in ("TLS_client_method", "SSL_CTX_new", "SSL_new"):
+        getattr(library, name).restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.SSL_CTX_new(ctypes.c_void_p(library.TLS_client_method())))
+    client = ctypes.c_void_p(library.SSL_new(context))
+    library.SSL_set_alpn_protos(client, b"\x06srpc/1", 7)
+    library.SSL_set_fd(client, sock.fileno())
+    return client, library
+
+
 class KeyUpdater:
     """A TLS client by the system's OpenSSL, on a connection that never blocks."""
 
     def __init__(self, world: World) -> None:
         self.client = world.connect(handshake=False, buffers={"SO_SNDBUF": 1 << 15})
-        self._lib: Any = ctypes.CDLL(LIBRARY)
-        for name in ("TLS_client_method", "SSL_CTX_new", "SSL_new"):
-            getattr(self._lib, name).restype = ctypes.c_void_p
-        context = ctypes.c_void_p(self._lib.SSL_CTX_new(ctypes.c_void_p(self._lib.TLS_client_method())))
-        self._ssl = ctypes.c_void_p(self._lib.SSL_new(context))
-        self._lib.SSL_set_alpn_protos(self._ssl, b"\x06srpc/1", 7)
-        self._lib.SSL_set_fd(self._ssl, self.client.sock.fileno())
+        self._ssl, self._lib = system_client(self.client.sock)
         self.client.sock.settimeout(None)
         assert self._lib.SSL_connect(self._ssl) == 1
         self.client.sock.setblocking(False)
@@ -51,6 +59,31 @@ class KeyUpdater:
             else:
                 time.sleep(0.001)
         return done
+
+
+def test_who_asks_in_the_middle_of_records_gets_the_rest_and_the_answers() -> None:
+    """OpenSSL on a socket says 'bad length' then, and the connection would end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for sock in (ours, theirs):
+            sock.setblocking(False)
+        gate = Tls(ours, server_context(*certificate()))
+        client, library = system_client(theirs)
+        while library.SSL_connect(client) != 1 or not gate.handshake():
+            gate.handshake()
+        data, sent, got, asked = os.urandom(10_000) * 100, 0, b"", False
+        room = ctypes.create_string_buffer(3000)
+        end = time.monotonic() + 10
+        while got != data and time.monotonic() < end:
+            asked = asked or (len(got) < len(data) // 2 and library.SSL_key_update(client, 1) == 1)
+            asked = asked and library.SSL_do_handshake(client) != 1
+            assert gate.recv() is None
+            while sent < len(data) and (taken := gate.send(data[sent : sent + 10_000])):
+                sent += taken
+            count = library.SSL_read(client, room, len(room))
+            got += room.raw[: max(0, count)]
+        assert got == data
 
 
 def processor_time(pid: int) -> float:
