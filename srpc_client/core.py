@@ -50,11 +50,15 @@ _REPLY_TYPES: dict[int, type[messages.Message]] = {
 _CANCELLABLE = {frames.WALK_REPLY, frames.STAT_REPLY, frames.APPEND_REPLY, frames.CALL_REPLY}
 
 
-def refuse_what_is_not_bytes(payload: object, metadata: object) -> None:
-    """Raise TypeError. To be asked before a call is noted down: one that is never sent would take a place for ever."""
-    for name, value in (("payload", payload), ("metadata", metadata)):
-        if not isinstance(value, bytes | bytearray | memoryview):
-            raise TypeError(f"{name} is bytes, not {type(value).__name__}: text.encode() makes bytes of text")
+def checked_bytes(name: str, value: bytes) -> bytes:
+    """`value`, as what can be put into a frame. Raises TypeError.
+
+    To be asked before a call is noted down: one that is outstanding and never sent would take a place for ever.
+    """
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError(f"{name} is bytes, not {type(value).__name__}: text.encode() makes bytes of text")
+    # An array's memoryview counts its items, and the frame has to say how many bytes there are.
+    return value if len(value) == memoryview(value).nbytes else bytes(value)
 
 
 def too_long(payload: bytes, metadata: bytes) -> CallError:
@@ -119,7 +123,7 @@ class ClientCore(frames.Receiver, Generic[W]):
         if self.failure is not None:
             raise self.lost()
         if payload.__class__ is not bytes or metadata.__class__ is not bytes:
-            refuse_what_is_not_bytes(payload, metadata)
+            payload, metadata = checked_bytes("payload", payload), checked_bytes("metadata", metadata)
         if len(payload) > PAYLOAD_MAX or len(metadata) > METADATA_MAX:
             raise too_long(payload, metadata)
         seq = self._seq = self._seq + 1

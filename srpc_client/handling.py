@@ -108,6 +108,8 @@ class Request:
 
     def reply(self, payload: "bytes | bytearray | memoryview", metadata: bytes = b"") -> None:
         """Answer. payload: up to 16 MiB; metadata: up to 64 KiB. Raises RuntimeError if it is answered already."""
+        if payload.__class__ is memoryview and payload.nbytes != len(payload):  # an array's: it counts items, not bytes
+            payload = bytes(payload)
         if len(payload) > PAYLOAD_MAX or len(metadata) > METADATA_MAX:
             self.fail(EMSGSIZE, "the handler's reply is larger than a message may be")
             return

@@ -9,7 +9,7 @@ request does; errors are raised as CallError.
 from errno import EINVAL
 from typing import NamedTuple
 
-from srpc_client.core import refuse_what_is_not_bytes, too_long
+from srpc_client.core import checked_bytes, too_long
 from srpc_client.errors import CallError
 from srpcd.wire import frames, messages
 from srpcd.wire.limits import METADATA_MAX, PAYLOAD_MAX, STAT_PAGE
@@ -72,7 +72,7 @@ def append(fid: int, data: str) -> Send:
 
 def call(fid: int, payload: bytes, metadata: bytes = b"") -> Send:
     """Call the endpoint behind `fid`; replied by (payload, metadata)."""
-    refuse_what_is_not_bytes(payload, metadata)
+    payload, metadata = checked_bytes("payload", payload), checked_bytes("metadata", metadata)
     if len(payload) > PAYLOAD_MAX or len(metadata) > METADATA_MAX:
         raise too_long(payload, metadata)
     return Send(frames.CALL, messages.call_body(fid, payload, metadata))

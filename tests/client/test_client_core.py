@@ -1,5 +1,6 @@
 """The client's protocol without I/O."""
 
+from array import array
 from errno import EACCES, ECANCELED, ECONNRESET, EMSGSIZE, EPROTO
 from typing import Any
 
@@ -276,7 +277,8 @@ def test_what_is_not_bytes_is_refused_here_and_takes_no_place(core: ClientCore[s
 
 def test_what_looks_like_bytes_is_sent(core: ClientCore[str]) -> None:
     core.call(7, memoryview(b"payload"), bytearray(b"{}"), "waiter")  # type: ignore[arg-type]
-    assert [body[12:] for _kind, _seq, body in sent(core)] == [b"{}payload"]
+    core.call(7, memoryview(array("I", [1, 2])), b"", "waiter")  # type: ignore[arg-type]
+    assert [body[12:] for _kind, _seq, body in sent(core)] == [b"{}payload", array("I", [1, 2]).tobytes()]
 
 
 def test_text_that_is_not_unicode_is_refused_here() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from array import array
 from errno import EIO, EMSGSIZE, EPROTO
 from typing import Any
 
@@ -58,11 +59,13 @@ def test_requests_come_out_however_their_bytes_are_cut() -> None:
 
 
 def test_a_reply_is_what_the_worker_reads(core: HandlerCore) -> None:
-    one, two = core.receive(call(1) + call(2))
+    one, two, three = core.receive(call(1) + call(2) + call(3))
+    three.reply(memoryview(array("I", [1, 2])))
     two.reply(bytearray(b"second"), b"{}")
     one.reply(memoryview(b"first"))
     assert core.waiting
     assert written(core) == [
+        (frames.CALL_REPLY, 3, messages.call_reply_body(array("I", [1, 2]).tobytes())),
         (frames.CALL_REPLY, 2, messages.call_reply_body(b"second", b"{}")),
         (frames.CALL_REPLY, 1, messages.call_reply_body(b"first")),
     ]
