@@ -96,18 +96,21 @@ def refuse_proof(where: Local, pins: object, ca: object) -> None:
 def own_name(where: Address) -> str:
     """The name of your own account: on a local socket the one that the kernel says, since a wrong $LOGNAME would be refused.
 
-    Raises SrpcError (ENOENT) for a uid without an account.
+    Raises SrpcError (ENOENT) for a uid without an account, where the environment has no name either.
     """
     uid = os.geteuid()
     try:
         said = getpass.getuser()
         if isinstance(where, Remote):
             return said
-        known = pwd.getpwuid(uid).pw_name
     except (KeyError, OSError):
         raise SrpcError(
             ENOENT, f"uid {uid} has no account on this host: say as whom to log in (user=, or srpc --user)"
         ) from None
+    try:
+        known = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return said  # in a container that the host's socket is mounted in: the daemon may know the account
     try:
         return said if pwd.getpwnam(said).pw_uid == uid else known  # a uid may have several names
     except KeyError:
