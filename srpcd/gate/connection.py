@@ -122,6 +122,8 @@ class Connection:
                 self.session.receive(data or b"")
                 self._settle()
             elif data is None:
+                if self._reading:  # some of a TLS record has come, which is all that a slow sender gets through in a while
+                    self._between = self._loop.now
                 self.update()
             else:
                 self.end()
@@ -230,7 +232,7 @@ class Connection:
                 self._moved = self._transport.moved
                 self._backlog.since = now
             if not (self._reading and session.partial):
-                self._between = now  # two messages, or it can't go on because of us
+                self._between = now  # two messages, or it can't go on because of us; `_read` has a third reason
             quiet = not session.busy and not session.serving
             if now - self._active > REST:
                 self._transport.rest()

@@ -2,14 +2,16 @@
 
 import os
 import select
+import socket
 import time
 from collections.abc import Callable
 from errno import ECONNRESET
 
 import pytest
 
+from srpcd.records import Records
 from srpcd.wire import frames, messages
-from srpcd.wire.frames import AUTH, CALL, PING, frame
+from srpcd.wire.frames import AUTH, CALL, CALL_REPLY, PING, frame
 from tests.gate.world import World
 
 Start = Callable[..., World]
@@ -55,6 +57,31 @@ def test_a_sender_that_stops_in_the_middle_of_a_message_is_disconnected(start: S
     assert slow.recv() == b""
     time.sleep(0.8)
     assert other.call(b"x") == b"x"  # who is between two messages may take his time
+
+
+class Trickle:
+    """A socket that takes little at a time, and that slowly."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.fileno = sock.fileno
+
+    def send(self, data: bytes) -> int:
+        time.sleep(0.05)
+        return self.sock.send(data[:1024])
+
+
+def test_a_sender_may_take_longer_for_one_record_than_one_that_stops(start: Start) -> None:
+    """Nothing of a record counts before it is whole; a line of 6 kbit/s needs 20 seconds for one."""
+    world = start("tls", stall=0.5)
+    slow = world.connect()
+    slow.log_in()
+    slow.walk("echo")
+    assert slow.tls is not None
+    records = Records(slow.tls, Trickle(slow.sock))
+    records.send(frame(CALL, 1000, messages.call_body(3, bytes(40_000))))
+    records.rest()
+    assert slow.frame()[:2] == (CALL_REPLY, 1000)
 
 
 def test_a_reader_that_pauses_gets_everything(start: Start) -> None:
