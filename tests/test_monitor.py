@@ -165,7 +165,7 @@ async def test_where_there_is_a_line_is_proved_first() -> None:
     worker: Any = object.__new__(children.Worker)
     vars(worker).update(identity=launch.Identity(20_000, 20_000, ()), quota=None, doubted={}, endpoints=set(), state=None)
     endpoints_: list[Endpoint[Any]] = [Endpoint((1, number, str(number)), [], 0, False) for number in range(5)]
-    endpoints_[3].given.add(worker)
+    endpoints_[3].given.add((1, worker))
     worker.doubted.update(dict.fromkeys(endpoints_))
     settled: list[str] = []
 

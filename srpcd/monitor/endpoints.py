@@ -6,7 +6,7 @@ Whatever a right depends on is proved by a probe, anew whenever something about 
 import asyncio
 import os
 import time
-from errno import EACCES, EAGAIN, ENOENT, EPERM, ESTALE
+from errno import EACCES, EAGAIN, EPERM
 from typing import TYPE_CHECKING
 
 from srpcd import ipc, selinux
@@ -57,10 +57,8 @@ class Endpoints:
         path, identity = plain_path(message.path), connection.identity
         if identity is None:
             raise Violation("an announcement for nobody")
-        if (
-            connection.pending + len(connection.announcements) >= wire.LISTENERS_MAX
-            or connection.pending >= wire.DECIDING_MAX
-        ):
+        both = connection.pending + len(connection.announcements)
+        if both >= wire.LISTENERS_MAX or connection.pending >= wire.DECIDING_MAX:
             text = "too many announcements on one connection"
             connection.gate.send(ipc.Refused(message.conn, message.request, EAGAIN, text))
             return
@@ -120,6 +118,7 @@ class Endpoints:
         endpoint.servers.remove(server)
         for line in [line for (each, _worker), line in endpoint.lines.items() if each == number]:
             self._line_over(line)
+        endpoint.given = {each for each in endpoint.given if each[0] != number}
         self._register.release(endpoint)
         if connection.quota.take():
             self._log.event("info", "withdraw", conn=connection.number, peer=connection.peer, endpoint="/" + endpoint.path)
@@ -209,7 +208,7 @@ class Endpoints:
         calls, identity = isinstance(whose, Worker), whose.identity
         while whose.doubted and identity is not None:
             # Those with a line first: a user may hold up each of his probes for a second.
-            endpoint = next((each for each in whose.doubted if whose in each.given), next(iter(whose.doubted)))
+            endpoint = next((each for each in whose.doubted if each.had(whose)), next(iter(whose.doubted)))
             changed = endpoint.changed
             access = os.O_WRONLY if calls else os.O_RDONLY
             errno, chain, _reason = await self._probe(identity, whose.quota, endpoint.path, access, endpoint.key[:2])
@@ -230,11 +229,10 @@ class Endpoints:
     def _settled_caller(self, worker: Worker, endpoint: Endpoint[Worker], errno: int) -> None:
         """Kill a worker that may not call and could, since it has a line; one that has none has to ask again.
 
-        Nor is it believed that it has none, unless the pipe itself is gone, as when a service has ended in good order.
+        Nor is it believed that it has none to somebody who still serves.
         """
         lines = [(server, endpoint.lines.get((server.number, worker), 0)) for server in endpoint.servers]
-        kept = worker in endpoint.given and errno not in (ENOENT, ESTALE)
-        if errno and (kept or any(number for _server, number in lines)):
+        if errno and endpoint.had(worker):
             worker.kill(f"may no longer call /{endpoint.path} (errno {errno})")
         elif errno:
             self.forget_caller(worker, endpoint)
@@ -247,7 +245,7 @@ class Endpoints:
     def forget_caller(self, worker: Worker, endpoint: Endpoint[Worker]) -> None:
         worker.endpoints.discard(endpoint)
         endpoint.callers.discard(worker)
-        endpoint.given.discard(worker)
+        endpoint.given = {each for each in endpoint.given if each[1] is not worker}
         self._register.release(endpoint)
 
     def worker_gone(self, worker: Worker) -> None:

@@ -67,8 +67,8 @@ class Endpoint(Generic[W]):
 
     chain: O_PATH descriptors, tree root first, the pipe last. owner: uid on whose account they are. labelled: SELinux is
     on. seen: what `revoke` has looked at; None at first, so that nobody else's probe can hide a change. changed: when
-    that last was another (monotonic seconds). lines: numbers, by announcement and worker. given: callers that ever had one:
-    a line that is over here may still be open between a worker and a service that both keep it so.
+    that last was another (monotonic seconds). lines: numbers, by announcement and worker. given: for which announcement and
+    worker there ever was one: it may still be open, where the worker only says that it is gone.
     """
 
     def __init__(self, key: tuple[int, int, str], chain: list[int], owner: int, labelled: bool) -> None:
@@ -81,7 +81,11 @@ class Endpoint(Generic[W]):
         self.callers: set[W] = set()
         self.changed = 0.0
         self.lines: dict[tuple[int, W], int] = {}
-        self.given: set[W] = set()
+        self.given: set[tuple[int, W]] = set()
+
+    def had(self, worker: object) -> bool:
+        """Whether a worker has or had a line to somebody who still serves."""
+        return any(each is worker for _number, each in self.given)
 
     @property
     def path(self) -> str:
@@ -225,7 +229,7 @@ class Register(Generic[W]):
             raise
         self.lines[number] = Line(endpoint, server, worker, directory, opened[0], label)
         endpoint.lines[server.number, worker] = number
-        endpoint.given.add(worker)
+        endpoint.given.add((server.number, worker))
         return number, opened[1], opened[2]
 
     def opened(self) -> None:

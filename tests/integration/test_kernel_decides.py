@@ -1,6 +1,7 @@
 """Who may call what is what the kernel says at that very call."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from errno import EACCES, EAGAIN, ENOENT, ENXIO, ESTALE
 from pathlib import Path
@@ -340,3 +341,20 @@ def test_where_no_line_can_be_made_it_is_not_said_that_nobody_serves(
     with stage.service(daemon, path):
         assert alice.session.stat(path).live
         assert stage.errno_of(alice, path) == EAGAIN
+
+
+def test_what_becomes_of_a_pipe_whose_service_has_ended_ends_nobodys_worker(
+    alice: blocking.Connection, daemon: realm.Daemon
+) -> None:
+    """A line that its worker says is gone may still be open, but not to a service that has withdrawn."""
+    pipe = stage.make_directory(daemon.tree / "past") / "echo"
+    os.mkfifo(pipe)
+    pipe.chmod(0o666)
+    with stage.service(daemon, "/past/echo"):
+        assert stage.errno_of(alice, "/past/echo") == 0
+        before = [each.pid for each in stage.workers(daemon, "alice")]
+    daemon.wait_event("withdraw", endpoint="/past/echo")
+    pipe.chmod(0o600)
+    assert stage.errno_of(alice, "/past/echo") == EACCES
+    time.sleep(2.5)  # the monitor looks once a second, and probes then
+    assert [each.pid for each in stage.workers(daemon, "alice")] == before

@@ -49,11 +49,11 @@ def test_ping_tells_the_tree_on_the_local_socket_only() -> None:
 
 def test_it_knows_when_its_peer_is_in_the_middle_of_a_message(peer: Peer) -> None:
     data = frame(PING, 7)
-    assert not peer.session.partial
-    peer.session.receive(data[:5])
-    assert peer.session.partial
-    peer.session.receive(data[5:])
-    assert not peer.session.partial
+    found = []
+    for piece in (b"", data[:5], data[5:]):
+        peer.session.receive(piece)
+        found.append(peer.session.partial)
+    assert found == [False, True, False]
 
 
 @pytest.mark.parametrize(
