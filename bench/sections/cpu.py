@@ -9,10 +9,10 @@ from tests.realm.counters import cpu_seconds
 
 
 def run(stage: Stage, extent: Extent, section: Section, progress: Progress) -> None:
-    """CPU seconds per million calls, one at a time and 64 in flight."""
+    """CPU seconds per million calls: one at a time, 64 in flight, a megabyte at a time."""
     running = rounds.callers(stage, plan.LONE, section)
     note = "User and kernel time together, of all threads. `monitor` is not on a call's path and shows what it does besides."
-    for workload in (plan.ONE, plan.MANY):
+    for workload in (plan.ONE, plan.MANY, plan.BIG):
         title = f"Processor time, {workload.name}"
         grid = section.grid(f"cpu, {workload.name}", title, "s per million calls", note=note)
         for number, (contender, caller) in rounds.interleaved(list(running.items()), extent.fewer):
