@@ -1,5 +1,7 @@
 """Which lines are whose: how many of them one caller may keep open at a service."""
 
+import logging
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from srpc_client.handling import Caller
@@ -11,18 +13,24 @@ says are gone: then they would use up this process's descriptors, and nobody els
 
 L = TypeVar("L")
 
+_log = logging.getLogger("srpc_client")
+
 
 class Callers(Generic[L]):
-    """The lines of one endpoint, by caller."""
+    """The lines of one endpoint, by caller. path: as announced, for the log. close: ends a line, and so calls `gone`."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str, close: Callable[[L], None]) -> None:
+        self._path = path
+        self._close = close
         self._lines: dict[tuple[int, str, str | None], list[L]] = {}
 
-    def came(self, caller: Caller, line: L) -> L | None:
-        """A line has said who calls. Returns the caller's oldest one where that is too many: to be closed."""
+    def came(self, caller: Caller, line: L) -> None:
+        """A line has said who calls. Where that is one too many, the caller's oldest is closed."""
         lines = self._lines.setdefault(_key(caller), [])
         lines.append(line)
-        return lines[0] if len(lines) > LINES_PER_CALLER else None
+        if len(lines) > LINES_PER_CALLER:
+            _log.warning("%s: %s has too many lines, the oldest is closed", self._path, caller.user)
+            self._close(lines[0])
 
     def gone(self, caller: Caller | None, line: L) -> None:
         """A line has ended. caller: None if it never said."""

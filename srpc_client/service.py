@@ -32,7 +32,7 @@ from srpc_client.callers import Callers
 from srpc_client.connection import Connection, connect
 from srpc_client.endpoint import EndpointPipe, open_line, refuse_mode
 from srpc_client.errors import CallError, ConnectionLost, SrpcError
-from srpc_client.handling import Caller, HandlerCore, refuse_what_is_no_handler
+from srpc_client.handling import HandlerCore, refuse_what_is_no_handler
 from srpc_client.line import Line
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.wire.messages import AnnounceReply, ListenReply, PingReply
@@ -62,7 +62,7 @@ class Announcement:
         self._remake = remake
         self._fid = 0
         self._lines: set[Line] = set()
-        self._callers: Callers[Line] = Callers()
+        self._callers: Callers[Line] = Callers(path, Line._end)
         self._new: asyncio.Queue[Line | None] = asyncio.Queue()
         self._closed = False
 
@@ -149,16 +149,10 @@ class Announcement:
             _log.warning("%s: %s", self.path, fault)
             return
         self._lines.add(line)
-        core.on_caller = lambda caller: self._came(caller, line)
+        core.on_caller = lambda caller: self._callers.came(caller, line)
         line.on_over = self._gone
         if self.handler is None:
             self._new.put_nowait(line)
-
-    def _came(self, caller: Caller, line: Line) -> None:
-        oldest = self._callers.came(caller, line)
-        if oldest is not None:
-            _log.warning("%s: %s has too many lines, the oldest is closed", self.path, caller.user)
-            oldest._end()
 
     def _gone(self, line: Line) -> None:
         self._lines.discard(line)

@@ -16,7 +16,6 @@ Seconds = Annotated[float, msgspec.Meta(ge=0.001, le=7 * 86400)]
 Interval = Annotated[float, msgspec.Meta(ge=0.1, le=7 * 86400)]
 """Seconds between two of what costs something each time: much less, and the daemon would do nothing else."""
 
-
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 MEMORY_MIN, MEMORY_MAX = 16 << 20, 1 << 50
@@ -178,7 +177,8 @@ def load(file: Path | None, overrides: list[str], personal: bool) -> Config:
     try:
         return _converted(whole, personal)
     except ConfigError as fault:
-        culprit = f"{source}" if not overrides or f"{fault}" == _fault_of(table, personal) else "command line: --set"
+        of_the_file = not overrides or str(fault) == _fault_of(table, personal)
+        culprit = str(source) if of_the_file else "command line: --set"
         raise ConfigError(f"{culprit}: {fault}") from None
 
 

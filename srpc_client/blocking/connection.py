@@ -225,11 +225,8 @@ class Session(Identified):
         if place is not None:
             try:
                 return connection._pump.call(place.fid, payload, metadata, deadline)
-            except CallTimeout as fault:
-                fault.filename = path
-                raise
-            except CallError as fault:
-                if fault.errno not in procedures.RETRIED:
+            except (CallError, CallTimeout) as fault:
+                if isinstance(fault, CallTimeout) or fault.errno not in procedures.RETRIED:
                     fault.filename = path
                     raise
                 refusal = fault

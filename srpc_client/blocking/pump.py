@@ -199,16 +199,19 @@ class Pump:
 
     def lose(self, failure: SrpcError | None) -> None:
         """End the connection; each outstanding request gets its one error."""
-        self._unsent = b""
-        for slot in self.core.lose(failure):
-            slot.error = self.core.lost()
-            slot.done = True
+        self._give_up(failure)
         if not self.closed:
             self.closed = True
             self._poll.unregister(self._link.fd)
             if self.on_over is not None:
                 self.on_over()
             self._link.close()
+
+    def _give_up(self, failure: SrpcError | None) -> None:
+        self._unsent = b""
+        for slot in self.core.lose(failure):
+            slot.error = self.core.lost()
+            slot.done = True
 
     def disown(self) -> None:
         """After a fork, in the child: let go of what stays the parent's.
@@ -218,10 +221,7 @@ class Pump:
         if not self.closed:
             self.closed = True
             self._mine = allocate_lock()  # another thread of the parent's may have held it
-            self._unsent = b""
-            for slot in self.core.lose(ConnectionLost(message=_FORKED)):
-                slot.error = self.core.lost()
-                slot.done = True
+            self._give_up(ConnectionLost(message=_FORKED))
             os.close(self._link.detach())
 
     def say_goodbye(self) -> None:

@@ -22,7 +22,7 @@ from srpc_client.blocking.connection import Connection, connect
 from srpc_client.callers import Callers
 from srpc_client.endpoint import EndpointPipe, open_line, refuse_mode
 from srpc_client.errors import CallError, SrpcError
-from srpc_client.handling import HIGH_WATER, Caller, HandlerCore, Request, begin, refuse_what_is_no_handler
+from srpc_client.handling import HIGH_WATER, HandlerCore, Request, begin, refuse_what_is_no_handler
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpcd.alarm import Alarm
 from srpcd.wire.errors import ProtocolError
@@ -106,7 +106,7 @@ class _Endpoint:
         self.service, self.path, self.handler, self.pipe = service, path, handler, pipe
         self.registered = False
         self.fid = 0
-        self.callers: Callers[_Line] = Callers()
+        self.callers: Callers[_Line] = Callers(path, _Line.close)
         self._remake = remake
         self._warned: str | None = None
 
@@ -133,18 +133,12 @@ class _Line:
         self._service, self._handler, self._receive, self._send = endpoint.service, endpoint.handler, receive, send
         self._endpoint = endpoint
         self.core = HandlerCore(endpoint.pipe.endpoint)
-        self.core.on_caller = self._came
+        self.core.on_caller = lambda caller: endpoint.callers.came(caller, self)
         self._requests: deque[Request] = deque()
         self._unsent: bytes | memoryview = b""
         self._reading = True
         self._service.epoll.register(receive, EPOLLIN)
         self._service.sources[receive] = self._readable
-
-    def _came(self, caller: Caller) -> None:
-        oldest = self._endpoint.callers.came(caller, self)
-        if oldest is not None:
-            _log.warning("%s: %s has too many lines, the oldest is closed", self._endpoint.path, caller.user)
-            oldest.close()
 
     def _readable(self, _events: int) -> None:
         try:
