@@ -1,0 +1,106 @@
+"""Unix sockets on which no descriptor may arrive.
+
+A peer can send descriptors along with its bytes (SCM_RIGHTS, unix(7)). A receiver that asks for none still has to release
+them: in its own read(2), or in its close(2) where they were never read. Releasing a TCP socket with SO_LINGER and unsent
+data waits for the linger time, which its sender chose; only a signal ends that wait (measured).
+
+Since Linux 6.16 a receiver can refuse such messages before they are queued (SO_PASSRIGHTS): `refuse_descriptors`. Where the
+kernel can't do that, three things bound what a peer gains by sending descriptors:
+
+  - `receive` finds out that some came, so that the connection is ended at the first time;
+  - `interrupt_releases` sends SIGALRM to the own process while it is active, so that one release waits TICK_SECONDS at most;
+  - `close` bounds the release of what was never read.
+
+This module is light: workers import it.
+"""
+
+import os
+from _socket import MSG_CTRUNC, SOL_SOCKET
+from errno import EBADMSG, ENOPROTOOPT
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from _socket import socket as Socket
+else:
+    import _signal  # what is behind `signal`, without its enums
+
+SO_PASSRIGHTS = 83
+"""Of asm-generic/socket.h, Linux 6.16. A connection to a listener inherits it before anything can be sent."""
+
+TICK_SECONDS = 0.1
+"""Longest wait for the release of descriptors. Ten signals a second cost a busy process nothing that can be measured."""
+
+QUIET_TICKS = 10
+"""Ticks without `interrupt_releases` after which the signals stop. What was read last has been released by then."""
+
+CLOSE_SECONDS = 0.001
+"""Longest wait for the release of descriptors in `close`."""
+
+
+def refuse_descriptors(sock: "Socket") -> bool:
+    """Let the kernel refuse messages to `sock` that carry descriptors: their sender gets EPERM.
+
+    Returns whether the kernel can do that. Where it can't, read through `receive` and close through `close`.
+    """
+    try:
+        sock.setsockopt(SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError as fault:
+        if fault.errno != ENOPROTOOPT:
+            raise
+        return False
+    return True
+
+
+def receive(sock: "Socket", size: int) -> bytes:
+    """Read from a socket to which descriptors can be sent. Returns b"" at end of file.
+
+    Raises OSError (EBADMSG) where descriptors came along: the connection is to be ended. BlockingIOError.
+    """
+    interrupt_releases()
+    data, _ancillary, flags, _address = sock.recvmsg(size)
+    if flags & MSG_CTRUNC:
+        raise OSError(EBADMSG, "a descriptor was sent along")
+    return data
+
+
+def close(fd: int) -> None:
+    """Close a socket to which descriptors can have been sent."""
+    _releases.every(CLOSE_SECONDS)
+    try:
+        os.close(fd)
+    finally:
+        _releases.every(TICK_SECONDS if _releases.active else 0.0)
+
+
+def interrupt_releases() -> None:
+    """Bound what is released in the next second: no system call of the main thread waits longer than TICK_SECONDS for it."""
+    _releases.quiet = 0
+    if not _releases.active:
+        _releases.active = True
+        _releases.every(TICK_SECONDS)
+
+
+class _Releases:
+    """The timer. active: `interrupt_releases` has set it. quiet: ticks since then."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.quiet = 0
+        self._prepared = False
+
+    def every(self, seconds: float) -> None:
+        """Send SIGALRM so often; 0: never."""
+        if not self._prepared:
+            self._prepared = True
+            _signal.signal(_signal.SIGALRM, self._tick)  # a signal that is ignored would interrupt nothing
+        _signal.setitimer(_signal.ITIMER_REAL, seconds, seconds)
+
+    def _tick(self, _number: int, _frame: object) -> None:
+        self.quiet += 1
+        if self.active and self.quiet > QUIET_TICKS:
+            self.active = False
+            self.every(0.0)
+
+
+_releases = _Releases()
