@@ -241,6 +241,7 @@ def _first_closed(path: str, gate: Identity) -> str:
     os.setgroups([])
     os.setresgid(gate.gid, gate.gid, gate.gid)
     os.setresuid(gate.uid, gate.uid, gate.uid)
+    launch.check_undumpable()
     parts = path.split("/")
     for depth in range(2, len(parts)):
         directory = "/".join(parts[:depth])

@@ -10,6 +10,8 @@ import os
 from srpcd import libc
 
 PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE = 1, 3, 4
+TRACEABLE = 1
+"""Of PR_GET_DUMPABLE. 0 and 2 (fs.suid_dumpable, as systemd-coredump sets it): not by processes of the same user."""
 PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
 
 _prctl = libc.function("prctl", libc.Int, libc.Int, *[libc.UnsignedLong] * 4)
@@ -38,8 +40,21 @@ def status() -> "dict[str, str]":
 
 
 def make_undumpable() -> None:
-    """No core dump, no ptrace, no /proc/PID/mem by processes of the same uid. To be called before anything else."""
+    """No core dump, no ptrace, no /proc/PID/mem by processes of the same uid."""
     prctl(PR_SET_DUMPABLE, 0)
+
+
+def close_off() -> bool:
+    """Close this process off from other processes of its user, and take its real group for all. To be called first.
+
+    Returns whether it could be traced until now: it must not, see `srpcd.monitor.launch.become`. Raises OSError.
+    """
+    traceable = prctl(PR_GET_DUMPABLE) == TRACEABLE
+    make_undumpable()
+    gid = os.getgid()
+    os.setresgid(gid, gid, gid)
+    make_undumpable()  # once more: a change of ids sets it anew (fs.suid_dumpable)
+    return traceable
 
 
 def context() -> str:
@@ -75,14 +90,17 @@ def prove_context(told: str) -> None:
         check("SELinux context", context(), told)
 
 
-def prove(uid: int, gid: int, groups: "Iterable[int]", selinux: str, personal: bool) -> None:
+def prove(uid: int, gid: int, groups: "Iterable[int]", selinux: str, personal: bool, traceable: bool) -> None:
     """Check that this process is exactly who it was told to be, and can't become anybody else.
 
     uid, gid, groups, selinux: as in `WorkerSetup`, the last one its `context`. personal: the daemon runs as the user
-    himself, so nothing was dropped; the capability bounding set is then whatever his processes have.
+    itself, so nothing was dropped; the capability bounding set is then whatever its processes have, and they may trace
+    each other. traceable: what `close_off` returned.
     Raises NotConfined.
     """
     prove_context(selinux)
+    if not personal:
+        check("traceable by its user before its first instruction", traceable, False)
     check("dumpable", prctl(PR_GET_DUMPABLE), 0)
     check("user ids", os.getresuid(), (uid, uid, uid))
     check("group ids", os.getresgid(), (gid, gid, gid))

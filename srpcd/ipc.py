@@ -2,13 +2,14 @@
 
 Who talks to whom, and through what:
 
-    monitor ──► gate, worker, authentication child    a SEQPACKET socket: the monitor hands out descriptors with it
-    gate, worker, authentication child ──► monitor    a pipe in packet mode: *no descriptor fits through a pipe*
-    gate ◄─► authentication child                     two pipes in packet mode
-    gate ◄─► worker                                   two plain pipes, with frames (see below)
+    monitor ◄─► gate, worker, authentication child    a SEQPACKET socket; only the monitor sends descriptors with it
+    gate ◄─► authentication child                     a SEQPACKET socket
+    gate ◄─► worker                                   a STREAM socket, with frames (see below)
 
-A descriptor that a hostile process sends can hang whoever only closes it (a file on the sender's own FUSE mount), so
-nobody here can be sent one by anybody but the monitor. A message is at most PIPE_BUF bytes, which the kernel writes as one.
+All are Unix sockets, because a pipe takes more than bytes: splice(2) puts pages of a file into it, and the reader of a page
+that a FUSE file system keeps locked can't be killed any more. What is sent to a socket is copied while the *sender* waits.
+Only the monitor accepts no descriptors, and nobody accepts any but from the monitor (`srpcd.passing`). A message is at most
+PACKET_MAX bytes.
 
 This module is light: workers import it.
 
@@ -34,11 +35,22 @@ A path is that of the whole tree: elements joined by `/`, no slash in front, emp
 """
 
 import os
-from _socket import MSG_CMSG_CLOEXEC, MSG_DONTWAIT, SCM_RIGHTS, SOL_SOCKET
+from _socket import (
+    AF_UNIX,
+    MSG_CMSG_CLOEXEC,
+    MSG_CTRUNC,
+    MSG_DONTWAIT,
+    MSG_TRUNC,
+    SCM_RIGHTS,
+    SOCK_NONBLOCK,
+    SOL_SOCKET,
+    socketpair,
+)
 from _socket import socket as Socket
 from struct import Struct, pack, unpack_from
 from struct import error as StructError
 
+from srpcd.passing import refuse_descriptors
 from srpcd.wire.limits import CALL_MAX, ERROR_MESSAGE_MAX, JSON_MAX, NAME_MAX, PATH_MAX, STAT_PAGE
 
 TYPE_CHECKING = False
@@ -52,7 +64,7 @@ else:
 
 
 PACKET_MAX = 4096
-"""PIPE_BUF: the largest message."""
+"""Bytes of the largest message to the monitor, and between gate and authentication child: two paths, with room."""
 
 # --- frames between gate and worker ------------------------------------------------------------------------------------
 
@@ -206,7 +218,7 @@ class Connection(Message):
 
 
 class Conversation(Message):
-    """Authentication has begun: talk to its child through the two descriptors, (read prompts, write answers)."""
+    """Authentication has begun: talk to its child through the descriptor, a packet socket."""
 
     conn: int
     afid: int
@@ -225,8 +237,8 @@ class Verdict(Message):
 
 
 class Attached(Message):
-    """An attach or a resume is granted. With two descriptors, (read from worker, write to worker), where the gate does
-    not have them yet; without any where it does. link: the number of this pair of pipes."""
+    """An attach or a resume is granted. With a descriptor, a stream socket to the worker, where the gate does not have one
+    yet; without where it does. link: the number of this socket."""
 
     conn: int
     request: int
@@ -322,7 +334,7 @@ class Attach(Message):
 
 
 class Resume(Message):
-    """The worker of a session has died, or its pipes have: others, please (Attached or Refused). link: the pipes it had."""
+    """The worker of a session has died, or the socket to it has: give another (Attached or Refused). link: what it had."""
 
     conn: int
     request: int
@@ -397,13 +409,13 @@ class WorkerSetup(Message):
 
 
 class Gate(Message):
-    """A gate routes to this worker: two descriptors, (read from gate, write to gate), in the place of those it had."""
+    """A gate routes to this worker: one descriptor, a stream socket, in the place of the one that it had."""
 
     gate: int
 
 
 class GateOver(Message):
-    """No session of this gate is left at this worker: close its pipes."""
+    """No session of this gate is left at this worker: close its socket."""
 
     gate: int
 
@@ -471,7 +483,7 @@ class IsLive(Message):
 
 
 class AuthSetup(Message):
-    """First message, with two descriptors, (read answers, write prompts), for the gate.
+    """First message, with one descriptor, a packet socket to the gate.
 
     context, monitor: as in `WorkerSetup`. mechanism: "pam"; or "peer", where the monitor knows who it is, and only the
     account is checked. service: PAM service. rhost: the peer's address, empty on the local socket.
@@ -559,22 +571,43 @@ def send_descriptors(sock: Socket, message: Message, fds: "Sequence[int]" = ()) 
     sock.sendmsg([message.pack()], ancillary, MSG_DONTWAIT)
 
 
-def packet_pipe() -> "tuple[int, int]":
-    """A pipe (read end, write end) that keeps messages apart (pipe(2), O_DIRECT), not blocking, close-on-exec."""
-    return os.pipe2(os.O_DIRECT | os.O_NONBLOCK | os.O_CLOEXEC)
+def socket_pair(kind: int) -> "tuple[Socket, Socket]":
+    """Two connected Unix sockets, not blocking, close-on-exec, that accept no descriptors. kind: SOCK_SEQPACKET keeps
+    messages apart, SOCK_STREAM does not. Raises OSError."""
+    pair = socketpair(AF_UNIX, kind | SOCK_NONBLOCK)
+    for sock in pair:
+        refuse_descriptors(sock)
+    return pair
+
+
+def receive_request(sock: Socket) -> "Message | None":
+    """The next message to the monitor, from a process that may be hostile; None at end of file.
+
+    The call has no buffer for descriptors. Raises BlockingIOError; MessageError also for descriptors and for a message that
+    is too large, so that the sender is ended.
+    """
+    try:
+        data, _none, flags, _address = sock.recvmsg(PACKET_MAX, 0, MSG_DONTWAIT)
+    except ConnectionResetError:  # it ended, and left something unread
+        return None
+    if flags & MSG_CTRUNC:
+        raise MessageError("it came with descriptors")
+    if flags & MSG_TRUNC:
+        raise MessageError(f"over {PACKET_MAX} bytes")
+    return Message.unpack(data) if data else None
 
 
 def read_packet(fd: int) -> "Message | None":
-    """The next message of a packet pipe; None at end of file. Raises BlockingIOError, MessageError."""
+    """The next message of a packet socket; None at end of file. Raises BlockingIOError, MessageError."""
     data = os.read(fd, PACKET_MAX)
     return Message.unpack(data) if data else None
 
 
 def write_packet(fd: int, message: Message) -> None:
-    """Write one message to a packet pipe. Raises BlockingIOError when it is full, MessageError when it is too large."""
+    """Write one message to a packet socket. Raises BlockingIOError when it is full, MessageError when it is too large."""
     data = message.pack()
     if len(data) > PACKET_MAX:
-        raise MessageError(f"{type(message).__name__}: {len(data)} bytes do not fit into PIPE_BUF")
+        raise MessageError(f"{type(message).__name__}: {len(data)} bytes, over {PACKET_MAX}")
     os.write(fd, data)
 
 

@@ -169,7 +169,7 @@ def test_a_drop_that_is_not_what_was_asked_for_is_found_out(private_realm: realm
     told: dict[str, object] = {"uid": who.uid, "gid": who.gid, "groups": [who.gid]}
     told[wrong] = [who.gid, 0] if wrong == "groups" else 0 if wrong == "gid" else who.uid + 1
     arguments = ", ".join(map(str, told.values()))
-    code = f"from srpcd import confine; confine.make_undumpable(); confine.prove({arguments}, '', True)"
+    code = f"from srpcd import confine; confine.close_off(); confine.prove({arguments}, '', True, True)"
     done = realm.run_as("bob", realm.python(code))
     assert done.returncode == 1
     assert b"NotConfined" in done.stderr
@@ -181,7 +181,7 @@ def test_root_gives_up_groups_before_ids_and_all_three_of_each() -> None:
     for file in sources("srpcd"):
         if calls := re.findall(r"\bos\.(set(?:groups|(?:e|re|res)?[ug]id))\(", file.read_text()):
             found[str(file.relative_to(ROOT))] = calls
-    assert found.pop("srpcd/confine.py") == ["setresuid"]  # which has to fail
+    assert found.pop("srpcd/confine.py") == ["setresgid", "setresuid"]  # the real group for all; and what has to fail
     assert "srpcd/monitor/launch.py" in found
     assert [calls for calls in found.values() if calls != ["setgroups", "setresgid", "setresuid"]] == []
 

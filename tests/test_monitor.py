@@ -182,9 +182,9 @@ async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monke
     """What others cause waits for him, descriptors too; a little read now and then is no excuse."""
     monkeypatch.setattr(children, "_UNREAD_SECONDS", 0.5)
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    requests, errors = ipc.packet_pipe(), launch.plain_pipe()
+    errors, their_errors = socket.socketpair()
     pid, pidfd = launch.fork(lambda: time.sleep(60))
-    spawned = launch.Spawned(pid, pidfd, here, requests[0], errors[0])
+    spawned = launch.Spawned(pid, pidfd, here, errors)
     child = children.Child(spawned, "alice", Log(2, level="error"), lambda *_: None)
     there.setblocking(False)
     end = time.monotonic() + 10
@@ -197,19 +197,4 @@ async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monke
         await asyncio.sleep(0.05)
     assert await asyncio.wait_for(child.gone, 1) == -signal.SIGKILL
     there.close()
-    for _read, write in (requests, errors):
-        os.close(write)
-
-
-async def test_a_child_whose_last_words_can_not_be_read_ends_all_the_same() -> None:
-    # It may splice a page of a file into the pipe that can't be read any more. Here it is a pipe's wrong end.
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    requests, errors = ipc.packet_pipe(), launch.plain_pipe()
-    os.close(errors[0])
-    pid, pidfd = launch.fork(lambda: time.sleep(60))
-    child = children.Child(launch.Spawned(pid, pidfd, here, requests[0], errors[1]), "alice", Log(2, level="error"), Mock())
-    await asyncio.sleep(0.05)
-    child.kill("")
-    assert await asyncio.wait_for(child.gone, 2) == -signal.SIGKILL
-    there.close()
-    os.close(requests[1])
+    their_errors.close()

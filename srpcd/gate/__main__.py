@@ -1,5 +1,5 @@
 #!/usr/bin/python3 -IS
-"""Start of a gate: `<this file> <tls|local> <directory for sys.path>...`, by `python3 -I -S`, with descriptors 3 and 4.
+"""Start of a gate: `<this file> <tls|local> <directory for sys.path>...`, by `python3 -I -S`, with descriptor 3.
 
 The monitor has dropped all privileges before the exec. Nothing is read from a client before that is proved.
 """
@@ -9,8 +9,8 @@ import resource
 import signal
 import sys
 
-SOCKET, PIPE = 3, 4
-"""From the monitor, and to it."""
+MONITOR = 3
+"""The socket to the monitor."""
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     sys.path += sys.argv[2:]
     from srpcd import confine  # noqa: PLC0415  sys.path had to be made first
 
-    confine.make_undumpable()
+    traceable = confine.close_off()
     # Whoever stops the daemon by a signal to its whole group means the monitor, which lets the gates finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -29,7 +29,7 @@ def main() -> None:
 
     from srpcd import ipc  # noqa: PLC0415
 
-    sock = socket.socket(fileno=SOCKET)
+    sock = socket.socket(fileno=MONITOR)
     sock.setblocking(True)
     received = ipc.receive(sock)
     if received is None:
@@ -38,7 +38,7 @@ def main() -> None:
     if not isinstance(setup, ipc.GateSetup) or setup.kind != sys.argv[1] or len(fds) != (2 if setup.kind == "tls" else 0):
         raise SystemExit("a gate was told something else than who it is")
     confine.end_with(setup.monitor, signal.SIGKILL)
-    confine.prove(setup.uid, setup.gid, setup.groups, setup.context, setup.personal)
+    confine.prove(setup.uid, setup.gid, setup.groups, setup.context, setup.personal, traceable)
     # Not before the exec, as the other limits: execve itself fails where a uid has more processes than this.
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
@@ -48,7 +48,7 @@ def main() -> None:
     context = tls.inherited_context(fds) if fds else None
     # Nor before this: libffi puts a callback of ctypes into a file in memory.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    gate.serve(config.decode(setup.config), context, sock, PIPE)
+    gate.serve(config.decode(setup.config), context, sock)
 
 
 if __name__ == "__main__":

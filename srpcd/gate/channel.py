@@ -1,4 +1,4 @@
-"""The way to the monitor and back: a socket that it hands messages and descriptors out on, and a pipe to it."""
+"""The socket to the monitor, which hands out descriptors with its messages."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ BATCH = 64
 
 
 class Channel:
-    """The two ends that the gate has inherited.
+    """The socket that the gate has inherited.
 
     dispatch: takes each message and its descriptors. congested: whether clients should wait. changed: called when that
     has changed. Ends the process when the monitor is gone.
@@ -29,30 +29,28 @@ class Channel:
         self,
         loop: Loop,
         sock: socket.socket,
-        pipe: int,
         dispatch: Callable[[ipc.Message, list[int]], None],
         changed: Callable[[], None],
     ) -> None:
         self.congested = False
         self._loop = loop
         self._sock = sock
-        self._pipe = pipe
+        self._fd = sock.fileno()
         self._dispatch = dispatch
         self._changed = changed
         self._queue: deque[ipc.Message] = deque()
         sock.setblocking(False)
-        os.set_blocking(pipe, False)
-        loop.add_reader(sock.fileno(), self._readable)
+        loop.add_reader(self._fd, self._readable)
 
     def send(self, message: ipc.Message) -> None:
-        """Send, or keep it until the pipe has room."""
+        """Send, or keep it until the socket has room."""
         if not self._queue:
             try:
-                ipc.write_packet(self._pipe, message)
+                ipc.write_packet(self._fd, message)
                 return
             except BlockingIOError:
-                self._loop.add_writer(self._pipe, self._writable)
-            except BrokenPipeError:
+                self._loop.add_writer(self._fd, self._writable)
+            except (BrokenPipeError, ConnectionResetError):
                 os._exit(0)
         self._queue.append(message)
         if len(self._queue) > QUEUE_HIGH and not self.congested:
@@ -64,12 +62,12 @@ class Channel:
     def _writable(self) -> None:
         try:
             while self._queue:
-                ipc.write_packet(self._pipe, self._queue[0])
+                ipc.write_packet(self._fd, self._queue[0])
                 self._queue.popleft()
-            self._loop.remove_writer(self._pipe)
+            self._loop.remove_writer(self._fd)
         except BlockingIOError:
             pass
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             os._exit(0)
         if self.congested and len(self._queue) <= QUEUE_LOW:
             self.congested = False

@@ -1,5 +1,6 @@
 """What passwords travel on: from a connection to the children that authenticate it, past the monitor."""
 
+import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -13,21 +14,20 @@ STYLES = get_args(Style)
 
 
 class Conversation:
-    """The two pipes of one authentication. prompted: takes what the child says."""
+    """One authentication. fd: a packet socket to its child. prompted: takes what the child says."""
 
-    __slots__ = ("_answers", "_loop", "_prompted", "_read", "_write")
+    __slots__ = ("_answers", "_fd", "_loop", "_prompted")
 
-    def __init__(self, loop: Loop, read: int, write: int, prompted: Callable[[list[Prompt]], None]) -> None:
+    def __init__(self, loop: Loop, fd: int, prompted: Callable[[list[Prompt]], None]) -> None:
         self._loop = loop
-        self._read = read
-        self._write = write
+        self._fd = fd
         self._prompted = prompted
         self._answers: deque[bytes] = deque()  # at most one for each prompt
-        loop.add_reader(read, self.poll)
+        loop.add_reader(fd, self.poll)
 
     def answer(self, answer: bytes) -> None:
         """Give the answer to the next prompt. To a child that is gone it is lost: its verdict is on the way."""
-        if self._write < 0:
+        if self._fd < 0:
             return
         self._answers.append(answer)
         if len(self._answers) == 1:
@@ -35,42 +35,42 @@ class Conversation:
 
     def poll(self) -> None:
         """Take what the child has said."""
-        if self._read < 0:
+        if self._fd < 0:
             return
         try:
             while True:
-                message = ipc.read_packet(self._read)
+                message = ipc.read_packet(self._fd)
                 if not isinstance(message, ipc.Prompts):
                     break
                 self._prompted([prompt(*each) for each in zip(message.styles, message.texts, strict=False)])
-                if self._read < 0:
+                if self._fd < 0:
                     return
         except BlockingIOError:
             return
         except (OSError, ipc.MessageError):
             pass
-        self._loop.remove_reader(self._read)  # it ended: the rest comes from the monitor
+        self._loop.remove_reader(self._fd)  # it ended: the rest comes from the monitor
 
     def close(self) -> None:
         """End it."""
-        if self._read >= 0:
-            self._loop.remove_reader(self._read)
-            self._loop.remove_writer(self._write)
-            ipc.close_all((self._read, self._write))
-            self._read = self._write = -1
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            self._loop.remove_writer(self._fd)
+            os.close(self._fd)
+            self._fd = -1
             self._answers.clear()
 
     def _flush(self) -> None:
         try:
             while self._answers:
-                ipc.write_packet(self._write, ipc.Answer(self._answers[0]))
+                ipc.write_packet(self._fd, ipc.Answer(self._answers[0]))
                 self._answers.popleft()
         except BlockingIOError:
-            self._loop.add_writer(self._write, self._flush)
+            self._loop.add_writer(self._fd, self._flush)
             return
         except OSError:
             self._answers.clear()
-        self._loop.remove_writer(self._write)
+        self._loop.remove_writer(self._fd)
 
 
 class Conversations:
@@ -88,10 +88,9 @@ class Conversations:
         self._conversations[afid] = None
 
     def open(self, afid: int, fds: list[int]) -> None:
-        """A child is ready. fds: (read from it, write to it)."""
-        if len(fds) == 2 and afid in self._conversations and self._conversations[afid] is None:
-            read, write = fds
-            self._conversations[afid] = Conversation(self._loop, read, write, partial(self._prompted, afid))
+        """A child is ready. fds: the socket to it."""
+        if len(fds) == 1 and afid in self._conversations and self._conversations[afid] is None:
+            self._conversations[afid] = Conversation(self._loop, fds[0], partial(self._prompted, afid))
         else:
             ipc.close_all(fds)
 

@@ -32,12 +32,12 @@ LAST_WORDS = 1.0
 class Gate:
     """One gate. context: of TLS; None: the gate of the local socket."""
 
-    def __init__(self, loop: Loop, config: Config, context: SSL.Context | None, sock: socket.socket, pipe: int) -> None:
+    def __init__(self, loop: Loop, config: Config, context: SSL.Context | None, sock: socket.socket) -> None:
         self.loop = loop
         self.limits = config.limits
         self.connections: dict[int, Connection] = {}
         self.links: dict[int, Link] = {}
-        self.channel = Channel(loop, sock, pipe, self._dispatch, self._congestion_changed)
+        self.channel = Channel(loop, sock, self._dispatch, self._congestion_changed)
         self._tree = config.paths.tree
         self._context = context
         self._draining = False
@@ -94,9 +94,9 @@ class Gate:
         connection.start()
 
     def _link(self, number: int, fds: list[int]) -> Link | None:
-        """A link to a worker, made if its pipes came with the message; None if it has died."""
-        if len(fds) == 2:
-            self.links[number] = Link(self, number, *fds)
+        """A link to a worker, made if its socket came with the message; None if it has died."""
+        if fds:
+            self.links[number] = Link(self, number, fds[0])
         return self.links.get(number)
 
     def _congestion_changed(self) -> None:
@@ -154,10 +154,10 @@ _RESULTS: dict[type[ipc.Message], Callable[[Connection, Any, Link | None, list[i
 }
 
 
-def serve(config: Config, context: SSL.Context | None, sock: socket.socket, pipe: int) -> None:
+def serve(config: Config, context: SSL.Context | None, sock: socket.socket) -> None:
     """Be a gate until the monitor says that it is over, or is gone."""
     loop = Loop()
-    gate = Gate(loop, config, context, sock, pipe)
+    gate = Gate(loop, config, context, sock)
     gate.channel.send(ipc.Ready(sandbox.enter()))
     try:
         loop.run_forever()

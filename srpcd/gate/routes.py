@@ -26,7 +26,7 @@ CALL_PREFIX = Struct(HEADER.format + ipc.CALL_HEAD.format[1:])
 _CALLS = (CALL, APPEND)
 
 LAST_READS = 64
-"""Reads of what a worker that is gone has still left in the pipe."""
+"""Reads of what a worker that is gone has still left in the socket."""
 
 
 class LinkBroken(Exception):
@@ -34,21 +34,20 @@ class LinkBroken(Exception):
 
 
 class Link:
-    """A pair of pipes to a worker, with the number that the monitor gave it.
+    """A socket to a worker, with the number that the monitor gave it.
 
     dead: it is gone. congested: too much waits for the worker, so those who feed it are not read for.
     users: connections that were opened on it.
     """
 
-    def __init__(self, gate: "Gate", number: int, read: int, write: int) -> None:
+    def __init__(self, gate: "Gate", number: int, fd: int) -> None:
         self.number = number
         self.dead = False
         self.congested = False
         self.users: set[Connection] = set()
         self._gate = gate
         self._loop = gate.loop
-        self._read = read
-        self._write = write
+        self._fd = fd
         self._reader = FrameReader(ipc.FROM_WORKER)
         self._pending: dict[int, tuple[Connection, Forward]] = {}
         self._oldest, self._oldest_since = 0, 0.0
@@ -58,9 +57,7 @@ class Link:
         self._backlog = Backlog()
         self._holders: set[Connection] = set()
         self._failed = False
-        os.set_blocking(read, False)
-        os.set_blocking(write, False)
-        self._loop.add_reader(read, self._readable)
+        self._loop.add_reader(fd, self._readable)
 
     # --- to the worker -------------------------------------------------------------------------------------------------
 
@@ -130,7 +127,7 @@ class Link:
         self._out = []
         self._out_size = 0
         try:
-            written = os.write(self._write, data)
+            written = os.write(self._fd, data)
         except BlockingIOError:
             written = 0
         except OSError:
@@ -138,7 +135,7 @@ class Link:
             return
         if written < len(data):
             self._backlog.add(memoryview(data)[written:], self._loop.time())
-            self._loop.add_writer(self._write, self._writable)
+            self._loop.add_writer(self._fd, self._writable)
 
     def check(self, now: float, stall: float, patience: float) -> None:
         """Give up on a worker that takes nothing for `stall` seconds, or leaves its oldest request alone for `patience`."""
@@ -164,9 +161,9 @@ class Link:
             return
         size = self._backlog.size
         if size:
-            self._loop.add_writer(self._write, self._writable)
+            self._loop.add_writer(self._fd, self._writable)
         else:
-            self._loop.remove_writer(self._write)
+            self._loop.remove_writer(self._fd)
         limit = self._gate.limits.buffer
         if self.congested if size <= limit // 2 else not self.congested and size > limit:
             self.congested = not self.congested
@@ -175,7 +172,7 @@ class Link:
 
     def _write_some(self, data: bytes | memoryview) -> int:
         try:
-            return os.write(self._write, data)
+            return os.write(self._fd, data)
         except BlockingIOError:
             return 0
 
@@ -184,7 +181,7 @@ class Link:
     def hold(self, connection: "Connection") -> None:
         """Don't read: this connection has no room for answers."""
         if not self._holders and not self._failed:
-            self._loop.remove_reader(self._read)
+            self._loop.remove_reader(self._fd)
         self._holders.add(connection)
 
     def release(self, connection: "Connection") -> None:
@@ -193,22 +190,22 @@ class Link:
             self._holders.discard(connection)
             if not self._holders and not self._failed:
                 self._oldest_since = self._loop.time()  # its answers could not come meanwhile
-                self._loop.add_reader(self._read, self._readable)
+                self._loop.add_reader(self._fd, self._readable)
 
     def _readable(self) -> bool:
         """Take what has come. Returns whether there may be more."""
         try:
             if self._reader.large:
                 with self._reader.room() as room:
-                    count = os.readv(self._read, [room])
+                    count = os.readv(self._fd, [room])
                 self._reader.filled(count)
                 data = b""
             else:
-                data = os.read(self._read, READ_SIZE)
+                data = os.read(self._fd, READ_SIZE)
                 count = len(data)
         except BlockingIOError:
             return False
-        except OSError:  # a page of a file that can't be read any more: who writes may splice such ones into a pipe
+        except OSError:  # ECONNRESET: it ended, and left something unread
             count = 0
         if not count:
             self.die()
@@ -242,8 +239,8 @@ class Link:
         """It does not read any more. Later, because whoever is sending right now must not be answered meanwhile."""
         if not self._failed:
             self._failed = True
-            self._loop.remove_reader(self._read)
-            self._loop.remove_writer(self._write)
+            self._loop.remove_reader(self._fd)
+            self._loop.remove_writer(self._fd)
             self._loop.call_soon(self._take_the_rest)
 
     def _take_the_rest(self) -> None:
@@ -259,9 +256,9 @@ class Link:
             return
         self.dead = self._failed = True
         self.congested = False
-        self._loop.remove_reader(self._read)
-        self._loop.remove_writer(self._write)
-        ipc.close_all((self._read, self._write))
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        os.close(self._fd)
         self._backlog.clear()
         self._out.clear()
         self._gate.link_died(self)

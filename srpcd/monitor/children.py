@@ -68,7 +68,7 @@ class Child:
         self._log = log
         self._handle = handle
         self._unread: deque[tuple[ipc.Message, tuple[int, ...], float]] = deque()  # and since when
-        loop.add_reader(spawned.requests, self._requests_ready)
+        loop.add_reader(spawned.socket, self._requests_ready)
         loop.add_reader(spawned.errors, self._errors_ready)
         loop.add_reader(spawned.pidfd, self._ended)
         log.event(self.level, "process-start", role=self.role, name=name, pid=self.pid)
@@ -98,7 +98,7 @@ class Child:
             self._unread.popleft()
             ipc.close_all(fds)
         if not self.gone.done() and loop.remove_writer(self._spawned.socket):
-            loop.add_reader(self._spawned.requests, self._requests_ready)  # it may not have been heard meanwhile
+            loop.add_reader(self._spawned.socket, self._requests_ready)  # it may not have been heard meanwhile
 
     def serving(self) -> None:
         """It has proved that it is confined."""
@@ -124,10 +124,10 @@ class Child:
     def _requests_ready(self) -> None:
         for _ in range(_PACKETS):
             if self.state is State.DONE or len(self._unread) > _UNREAD_MAX:
-                asyncio.get_running_loop().remove_reader(self._spawned.requests)
+                asyncio.get_running_loop().remove_reader(self._spawned.socket)
                 return
             try:
-                message = ipc.read_packet(self._spawned.requests)
+                message = ipc.receive_request(self._spawned.socket)
                 if message is None:
                     self.kill("")
                 else:
@@ -141,8 +141,8 @@ class Child:
 
     def _errors_ready(self) -> None:
         data = b""
-        with suppress(OSError):  # nothing is there after its end, or a page of a file that was spliced in can't be read
-            data = os.read(self._spawned.errors, 4096)
+        with suppress(OSError):  # nothing is there after its end
+            data = self._spawned.errors.recv(4096)
         if not data:
             asyncio.get_running_loop().remove_reader(self._spawned.errors)
         for line in data.decode(errors="replace").splitlines():
@@ -153,11 +153,12 @@ class Child:
         loop = asyncio.get_running_loop()
         self._requests_ready()  # what it said before it ended counts
         self._errors_ready()
-        for fd in (self._spawned.pidfd, self._spawned.requests, self._spawned.errors):
-            loop.remove_reader(fd)
-            os.close(fd)
+        loop.remove_reader(self._spawned.pidfd)
+        os.close(self._spawned.pidfd)
         loop.remove_writer(self._spawned.socket)
-        self._spawned.socket.close()
+        for sock in (self._spawned.socket, self._spawned.errors):
+            loop.remove_reader(sock)
+            sock.close()
         for _message, fds, _since in self._unread:
             ipc.close_all(fds)
         self._unread.clear()

@@ -19,8 +19,9 @@ from contextlib import ExitStack
 from errno import ENOSYS
 from typing import NamedTuple, NoReturn
 
-from srpcd import confine, ipc, selinux
+from srpcd import confine, selinux
 from srpcd.monitor import cgroups, pamsession
+from srpcd.passing import refuse_descriptors
 
 CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE = 5, 6, 7, 8, 29
 KEPT = (CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_AUDIT_WRITE)
@@ -35,6 +36,8 @@ PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 23,
 _FDS_MIN = 1024  # a limit that was lowered closes nothing of what was opened before
 _SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311, "ppc64le": 271, "s390x": 280}
 _KEYCTL_JOIN_SESSION_KEYRING = 1
+_UNUSED_GIDS = (65534, 65533)
+"""Groups that own nothing (nogroup), for an effective group that is not the real one."""
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _SIGNALS = _signal.valid_signals()
@@ -124,8 +127,14 @@ def keep_capabilities(kept: tuple[int, ...] = KEPT) -> None:
     _check(_libc.capset(header, data), "capset")
 
 
-def become(drop: Drop, parent: int) -> None:
-    """Become what `drop` says, in the child of process `parent`. The order is that of the design, and has its reasons."""
+def become(drop: Drop, parent: int, *, before_exec: bool = False) -> None:
+    """Become what `drop` says, in the child of process `parent`. The order is that of the design, and has its reasons.
+
+    before_exec: keep the new program closed off from its first instruction on. At an exec the kernel lets processes of the
+    same user trace the new program, and take its descriptors, unless real and effective ids differ (begin_new_exec in
+    fs/exec.c: dumpable is then fs.suid_dumpable). So the effective group is another one until `confine.close_off` has run.
+    (A kernel before 6.16 takes the real group for all at the exec itself, under no_new_privs, and is as strict.)
+    """
     if drop.group:
         cgroups.join(drop.group)  # as root, and before anything is done on the user's account
     os.setsid()  # no terminal; and the monitor finds what a dead worker left behind by its session
@@ -147,13 +156,23 @@ def become(drop: Drop, parent: int) -> None:
         confine.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
         _empty_bounding_set()  # takes CAP_SETPCAP, so it comes before the uid goes
         os.setgroups(groups)  # groups and gid take CAP_SETGID, so before the uid goes too
-        os.setresgid(gid, gid, gid)
+        effective = next(each for each in _UNUSED_GIDS if each != gid) if before_exec else gid
+        os.setresgid(gid, effective, gid)
         os.setresuid(uid, uid, uid)  # from 0 to another uid: the kernel empties permitted, effective and ambient
+        check_undumpable()
     confine.prctl(confine.PR_SET_PDEATHSIG, drop.death_signal)  # after setresuid, which clears it
     if os.getppid() != parent:  # the monitor died before the line above
         raise ProcessLookupError("the monitor is gone")
     if drop.no_new_privs:
         confine.prctl(confine.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def check_undumpable() -> None:
+    """Check that processes of the same user can't trace this one, whose ids were just changed. Raises PermissionError."""
+    if confine.prctl(confine.PR_GET_DUMPABLE) == confine.TRACEABLE:
+        raise PermissionError(
+            "fs.suid_dumpable is 1: users could trace the daemon's processes; set it to 0 or 2 (sysctl fs.suid_dumpable=0)"
+        )
 
 
 def fork(work: Callable[[], None]) -> tuple[int, int]:
@@ -197,62 +216,44 @@ def keep_only(fds: list[int], inheritable: bool) -> None:
 
 
 class Spawned(NamedTuple):
-    """A started program. socket: to hand messages and descriptors out; requests: its packets; errors: its stderr."""
+    """A started program. socket: for messages both ways, and descriptors to it. errors: its standard error."""
 
     pid: int
     pidfd: int
     socket: socket.socket
-    requests: int
-    errors: int
+    errors: socket.socket
 
 
 def spawn(argv: tuple[str, ...], drop: Drop) -> Spawned:
-    """Start a program, confined. It finds `socket` at 3, its end of `requests` at 4 (see `srpcd.ipc`). Raises OSError."""
+    """Start a program, confined. It finds the other end of `socket` at 3 (see `srpcd.ipc`). Raises OSError."""
     parent = os.getpid()
     with ExitStack() as theirs, ExitStack() as ours:
 
-        def pipe(pair: tuple[int, int]) -> tuple[int, int]:
-            ours.callback(os.close, pair[0])
-            theirs.callback(os.close, pair[1])
-            return pair
+        def pair(kind: int) -> tuple[socket.socket, socket.socket]:
+            here, there = socket.socketpair(socket.AF_UNIX, kind)
+            ours.callback(here.close)
+            theirs.callback(there.close)
+            refuse_descriptors(here)  # the child may be taken over; from us it takes some
+            here.setblocking(False)
+            return here, there
 
-        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.callback(here.close)
-        theirs.callback(there.close)
-        here.shutdown(socket.SHUT_RD)  # whatever is sent to us fails at the sender: no descriptor reaches this process
-        requests, request_end = pipe(ipc.packet_pipe())
-        errors, error_end = pipe(plain_pipe())
+        here, there = pair(socket.SOCK_SEQPACKET)
+        errors, error_end = pair(socket.SOCK_STREAM)
 
         def work() -> None:
-            os.dup2(error_end, 2)  # from here on a failure is told there, and not on the daemon's own standard error
+            os.dup2(error_end.fileno(), 2)  # from here on a failure is told there, and not on the daemon's own
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-            kept = [null, null, error_end, there.fileno(), request_end]
-            os.set_blocking(error_end, True)
+            kept = [null, null, error_end.fileno(), there.fileno()]
             if drop.session is not None:
                 keep_only([*kept, drop.session.lease], inheritable=False)  # not for what modules start
                 pamsession.enter(drop.session._replace(lease=len(kept)))
                 kept = list(range(len(kept)))
             keep_only(kept, inheritable=True)
-            become(drop, parent)
+            become(drop, parent, before_exec=True)
             if drop.context:
                 selinux.set_exec(drop.context)  # last: whatever is executed next runs there
             os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"})
 
         pid, pidfd = fork(work)
         ours.pop_all()
-        return Spawned(pid, pidfd, here, requests, errors)
-
-
-def two_pipes(make: Callable[[], tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two pipes, or none. Raises OSError."""
-    first = make()
-    try:
-        return first, make()
-    except OSError:
-        ipc.close_all(first)
-        raise
-
-
-def plain_pipe() -> tuple[int, int]:
-    """A pipe (read end, write end), not blocking, close-on-exec."""
-    return os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        return Spawned(pid, pidfd, here, errors)

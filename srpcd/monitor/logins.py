@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import socket
 import time
 from errno import EACCES, EAGAIN, EOPNOTSUPP, ETIMEDOUT
 from typing import TYPE_CHECKING
 
 from srpcd import ipc, selinux
-from srpcd.monitor import accounts, authentication, launch
+from srpcd.monitor import accounts, authentication
 from srpcd.monitor.authentication import Afid, PamChild
 from srpcd.monitor.connections import Connection
 from srpcd.monitor.faults import Denied
@@ -128,10 +129,10 @@ class Logins:
     def _introduce(self, connection: Connection, message: ipc.Authenticate, child: PamChild) -> None:
         """Tell the child whom to authenticate, and let it and the gate talk to each other."""
         service = self._monitor.config.authentication.pam_service
-        (answers, to_child), (prompts, from_child) = launch.two_pipes(ipc.packet_pipe)
+        child_end, gate_end = (each.detach() for each in ipc.socket_pair(socket.SOCK_SEQPACKET))
         setup = ipc.AuthSetup(self._pam_context, os.getpid(), message.mechanism, service, message.uname, connection.host)
-        child.send(setup, (answers, from_child))
-        connection.gate.send(ipc.Conversation(connection.number, message.afid), (prompts, to_child))
+        child.send(setup, (child_end,))
+        connection.gate.send(ipc.Conversation(connection.number, message.afid), (gate_end,))
 
     def outcome(self, child: PamChild, message: ipc.Outcome) -> None:
         child.result = message

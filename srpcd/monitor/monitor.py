@@ -14,6 +14,7 @@ from errno import EACCES, EAGAIN, ECONNRESET, EKEYEXPIRED, EPERM, ETIMEDOUT
 from itertools import count
 from operator import attrgetter
 from signal import SIGKILL, SIGTERM
+from socket import SOCK_STREAM
 from typing import Any
 
 from srpcd import ipc
@@ -260,7 +261,7 @@ class Monitor:
             self.run(connection, grant())
 
     def _end_session(self, connection: Connection, number: int) -> None:
-        """A session is over. The gate loses its pipes to the worker, where it has no other session there."""
+        """A session is over. The gate loses its socket to the worker, where it has no other session there."""
         session = connection.sessions.pop(number, None)
         if session is None or any(each.worker is session.worker for each in connection.sessions.values()):
             return
@@ -329,17 +330,17 @@ class Monitor:
         return worker
 
     def _link(self, gate: Gate, worker: Worker, conn: int, request: int, session: int) -> None:
-        """Tell the gate, and give it and the worker two pipes to each other if they have none yet."""
+        """Tell the gate, and give it and the worker a socket to each other if they have none yet."""
         if gate in worker.gates:
             gate.send(ipc.Attached(conn, request, session, worker.gates[gate]))
             return
         try:
-            (worker_reads, gate_writes), (gate_reads, worker_writes) = launch.two_pipes(launch.plain_pipe)
+            gate_end, worker_end = (each.detach() for each in ipc.socket_pair(SOCK_STREAM))
         except OSError:
             raise Denied(EAGAIN, "no descriptors are left") from None
         number = worker.gates[gate] = next(self.numbers)
-        worker.send(ipc.Gate(gate.number), (worker_reads, worker_writes))
-        gate.send(ipc.Attached(conn, request, session, number), (gate_reads, gate_writes))
+        worker.send(ipc.Gate(gate.number), (worker_end,))
+        gate.send(ipc.Attached(conn, request, session, number), (gate_end,))
 
     def _idle(self, worker: Worker) -> None:
         """Let a worker end after its idle time, unless somebody is attached to it then, or is about to be."""

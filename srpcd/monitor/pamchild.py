@@ -32,7 +32,7 @@ PAM_USER, PAM_TTY, PAM_RHOST, PAM_FAIL_DELAY = 2, 3, 4, 10
 PAM_CONV_ERR = 19
 STYLES = {1: "secret", 2: "text", 3: "error", 4: "info"}
 _TEXTS = 3000  # bytes of prompts in one message, which must fit into PIPE_BUF
-MONITOR, REQUESTS = 3, 4
+MONITOR = 3
 
 
 class Refused(Exception):
@@ -40,13 +40,15 @@ class Refused(Exception):
 
 
 class Conversation:
-    """PAM's questions to the gate, its answers back. `answered`: CLOCK_MONOTONIC in ns of the last answer, 0 for none."""
+    """PAM's questions to the gate, its answers back. gate: a packet socket.
 
-    def __init__(self, answers: int, prompts: int) -> None:
+    answered: CLOCK_MONOTONIC in ns of the last answer, 0 for none.
+    """
+
+    def __init__(self, gate: int) -> None:
         self.answered = 0
         self.fault = ""
-        self._answers = answers
-        self._prompts = prompts
+        self._gate = gate
 
     def hold(self, asked: list[tuple[str, str]]) -> list[bytes | None]:
         """Ask all of it; return what was answered, in order, None where nothing is wanted. Raises Refused, OSError."""
@@ -54,11 +56,11 @@ class Conversation:
             raise Refused("a module asks too much at once")
         room = _TEXTS // len(asked)
         texts = tuple(text.encode()[:room].decode(errors="ignore") for _style, text in asked)
-        ipc.write_packet(self._prompts, ipc.Prompts(tuple(style for style, _text in asked), texts))
+        ipc.write_packet(self._gate, ipc.Prompts(tuple(style for style, _text in asked), texts))
         return [self._answer() if style in ("secret", "text") else None for style, _text in asked]
 
     def _answer(self) -> bytes:
-        message = ipc.read_packet(self._answers)
+        message = ipc.read_packet(self._gate)
         if message is None:
             os._exit(0)  # the connection is over
         if not isinstance(message, ipc.Answer):
@@ -126,18 +128,19 @@ def authenticate(setup: ipc.AuthSetup, conversation: Conversation) -> None:
 def main() -> None:
     """Authenticate once, and end."""
     confine.make_undumpable()
-    received = ipc.receive(socket(fileno=MONITOR))
+    monitor = socket(fileno=MONITOR)  # a name, because the object closes the descriptor when it is gone
+    received = ipc.receive(monitor)
     if received is None:
         return
-    setup, (answers, prompts) = received
+    setup, (gate,) = received
     if not isinstance(setup, ipc.AuthSetup):
         raise TypeError("the first message is no AuthSetup")
     confine.end_with(setup.monitor, signal.SIGKILL)
     confine.prove_context(setup.context)
-    for fd in (answers, prompts, REQUESTS):
+    for fd in (gate, MONITOR):
         os.set_blocking(fd, True)
-    os.set_inheritable(REQUESTS, False)  # not for programs that a PAM module starts
-    conversation = Conversation(answers, prompts)
+    os.set_inheritable(MONITOR, False)  # not for programs that a PAM module starts
+    conversation = Conversation(gate)
     try:
         if not setup.uname or "\0" in setup.uname:
             raise Refused("an empty user name, or one with a NUL")
@@ -145,7 +148,7 @@ def main() -> None:
         outcome = ipc.Outcome(0, "", conversation.answered)
     except Refused as refusal:
         outcome = ipc.Outcome(EACCES, str(refusal)[:500], conversation.answered)
-    ipc.write_packet(REQUESTS, outcome)
+    ipc.write_packet(MONITOR, outcome)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ _TTY = b"srpc"
 _ITEM_TTY, _ITEM_RHOST = 3, 4
 _ESTABLISH_CRED, _DELETE_CRED, _SILENT = 0x2, 0x4, 0x8000
 _DEPTH_MAX = 32  # of files that include others, as libpam has it
-_STANDARD = 5  # descriptors that a child has when it comes here: 0 to 4, see `launch.spawn`
+_STANDARD = 4  # descriptors that a child has when it comes here: 0 to 3, see `launch.spawn`
 
 
 class Wanted(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a worker hears from gates: requests in frames, over a pair of pipes for each gate.
+"""What a worker hears from gates: requests in frames, over a socket for each gate.
 
 Everything that a gate asks for names a whole path, and device and inode of what its client found there: nothing of a
 client is kept here but calls that are not yet answered, and the addresses of the connections they came from.
@@ -61,7 +61,7 @@ class Known:
 
 
 class GateLink(Link):
-    """One gate: reads its requests. number: the monitor's. read, write: our ends of its two pipes, not blocking."""
+    """One gate: reads its requests. number: the monitor's. fd: a stream socket, not blocking."""
 
     __slots__ = (
         "_arriving",
@@ -77,11 +77,11 @@ class GateLink(Link):
         "number",
     )
 
-    def __init__(self, worker: "Worker", number: int, read: int, write: int) -> None:
+    def __init__(self, worker: "Worker", number: int, fd: int) -> None:
         self.number = number
         self._worker = worker
         self._loop = worker.loop
-        self._read = read
+        self._read = fd
         self._read_size = READ_SIZE
         self._reader = FrameReader(ipc.TO_WORKER, _call_head)
         self._arriving: tuple[int, bytes, Parcel] | None = None  # tag and head of a large call that is being collected
@@ -96,11 +96,11 @@ class GateLink(Link):
             ipc.CALL: self._call,
             ipc.FLUSH: self._flush,
         }
-        super().__init__(Writer(worker.loop, write, self.end, handler=False))
-        self._loop.watch(read, EPOLLIN, self._readable, GATES)
+        super().__init__(Writer(worker.loop, os.dup(fd), self.end, handler=False))
+        self._loop.watch(fd, EPOLLIN, self._readable, GATES)
 
     def end(self) -> None:
-        """The gate is gone, or is not to be heard any longer: flush its calls, close its pipes."""
+        """The gate is gone, or is not to be heard any longer: flush its calls, close its socket."""
         if not self._over:
             self._over = True
             self._loop.close(self._read)
@@ -132,6 +132,8 @@ class GateLink(Link):
             data = os.read(self._read, self._read_size)
         except BlockingIOError:
             return
+        except OSError:  # ECONNRESET: it ended, and left something unread
+            data = b""
         if not data:
             self.end()
             return
@@ -152,7 +154,11 @@ class GateLink(Link):
     def _collect(self, tag: int, head: bytes, parcel: "Parcel") -> None:
         """Take what has come of a large call, and begin it when that is all."""
         try:
-            if not parcel.take(self._read):
+            taken = parcel.take(self._read)
+        except OSError:
+            taken = False
+        try:
+            if not taken:
                 self.end()
             if parcel.missing:
                 return

@@ -5,7 +5,7 @@ A call comes from a gate (`srpcd.worker.gates`). The kernel is asked about it he
 
 import os
 from errno import EIO, EISDIR
-from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
+from select import EPOLLIN, EPOLLOUT
 
 from srpcd import ipc
 from srpcd.ipc import Gate, GateOver, Line, LineGone, LineOver, Lines, Live, Message, WorkerSetup
@@ -38,9 +38,9 @@ _NOTHING: frozenset[int] = frozenset()
 
 
 class Worker:
-    """One worker: everything together. sock: from the monitor. pipe: descriptor of the packet pipe to the monitor."""
+    """One worker: everything together. sock: to the monitor."""
 
-    def __init__(self, setup: WorkerSetup, sock: "Socket", pipe: int) -> None:
+    def __init__(self, setup: WorkerSetup, sock: "Socket") -> None:
         self.loop = Loop()
         self.tree = Tree(setup.tree, self.loop.close_later)
         self.calls = Calls(self.loop, setup.call_timeout / 1000)
@@ -52,13 +52,11 @@ class Worker:
         self.finishing: list[GateLink] = []  # begin nothing more, and have answers to come
         self.batch = 0
         self._sock = sock
-        self._pipe = pipe
+        self._monitor = sock.fileno()
         self._unsent: list[Message] = []
         self._paused = _NOTHING
         sock.setblocking(False)
-        os.set_blocking(pipe, False)
-        self.loop.watch(sock.fileno(), EPOLLIN, self._monitor_ready)
-        self.loop.watch(pipe, 0, self._pipe_ready)
+        self.loop.watch(self._monitor, EPOLLIN, self._monitor_ready)
 
     @property
     def programs(self) -> "Programs":
@@ -101,10 +99,10 @@ class Worker:
             self._unsent.append(message)
             return
         try:
-            ipc.write_packet(self._pipe, message)
+            ipc.write_packet(self._monitor, message)
         except BlockingIOError:
             self._unsent.append(message)
-            self.loop.modify(self._pipe, EPOLLOUT)
+            self.loop.modify(self._monitor, EPOLLIN | EPOLLOUT)
 
     def know(self, key: bytes, name: bytes) -> Known:
         """Remember an endpoint by its key. name: its path."""
@@ -152,18 +150,20 @@ class Worker:
         if known.endpoint is not None:
             self.services.deliver(known.endpoint, call)
 
-    def _pipe_ready(self, mask: int) -> None:
-        if mask & (EPOLLERR | EPOLLHUP):  # the monitor is gone: the socket says so too
-            self._end()
+    def _tell_rest(self) -> None:
         while self._unsent:
             try:
-                ipc.write_packet(self._pipe, self._unsent[0])
+                ipc.write_packet(self._monitor, self._unsent[0])
             except BlockingIOError:
                 return
             del self._unsent[0]
-        self.loop.modify(self._pipe, 0)
+        self.loop.modify(self._monitor, EPOLLIN)
 
     def _monitor_ready(self, mask: int) -> None:
+        if self._unsent and mask & EPOLLOUT:
+            self._tell_rest()
+        if not mask & ~EPOLLOUT:
+            return
         try:
             received = ipc.receive(self._sock)
         except BlockingIOError:
@@ -178,10 +178,8 @@ class Worker:
                 link.finish()
         if isinstance(message, GateOver):
             return
-        if isinstance(message, Gate) and len(fds) == 2:
-            os.set_blocking(fds[0], False)
-            os.set_blocking(fds[1], False)
-            self.calls.links.append(GateLink(self, message.gate, fds[0], fds[1]))
+        if isinstance(message, Gate) and len(fds) == 1:
+            self.calls.links.append(GateLink(self, message.gate, fds[0]))
         elif isinstance(message, Line) and len(fds) == 2:
             os.set_blocking(fds[0], False)
             os.set_blocking(fds[1], False)

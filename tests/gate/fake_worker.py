@@ -1,6 +1,7 @@
 """A worker that the tests play."""
 
 import os
+import socket
 import threading
 from typing import TYPE_CHECKING
 
@@ -16,22 +17,22 @@ class Worker:
 
     dir… is a directory, none is not there, closed is refused. Calls: echo gives the payload back; late is answered when
     `World.release` is called; error gives a handler's error; size gives as many bytes as the payload says; broken is an
-    answer that no worker gives; die closes the pipes.
+    answer that no worker gives; die closes the socket.
     """
 
     def __init__(self, world: "World", number: int) -> None:
         self.world = world
         self.number = number
-        from_gate, self.gate_writes = os.pipe()
-        self.gate_reads, to_gate = os.pipe()
-        self.read, self.write = from_gate, to_gate
+        here, there = ipc.socket_pair(socket.SOCK_STREAM)
+        here.setblocking(True)
+        self.fd, self.gate_end = here.detach(), there.detach()
         self.reader = FrameReader(ipc.TO_WORKER)
         self.got: list[tuple[int, int, bytes]] = []
         self.late: list[tuple[int, bytes]] = []
         self.paused = threading.Event()
 
     def readable(self) -> None:
-        data = os.read(self.read, 65536)
+        data = os.read(self.fd, 65536)
         if not data:
             self.close()
             return
@@ -83,13 +84,12 @@ class Worker:
     def send(self, kind: int, tag: int, body: bytes = b"") -> None:
         data = frame(kind, tag, body)
         while data:
-            data = data[os.write(self.write, data) :]
+            data = data[os.write(self.fd, data) :]
 
     def close(self) -> None:
-        if self.read >= 0:
-            self.world.forget(self.read)
-            os.close(self.read)
-            os.close(self.write)
-            self.read = self.write = -1
+        if self.fd >= 0:
+            self.world.forget(self.fd)
+            os.close(self.fd)
+            self.fd = -1
             if self.world.workers.get(self.number) is self:
                 del self.world.workers[self.number]

@@ -97,7 +97,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_large_answer_is_one_error(
 ) -> None:
     def die_in_between(self: Worker, tag: int, name: bytes, rest: bytes) -> None:
         data = frame(ipc.CALLED, tag, bytes(MIB))
-        os.write(self.write, data[:50_000])
+        os.write(self.fd, data[:50_000])
         self.close()
 
     client = ready(world)

@@ -133,8 +133,7 @@ class Here:
     def __init__(self) -> None:
         self.loop = Loop()
         self.monitor, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.read, self.write = ipc.packet_pipe()
-        self.gate = Gate(self.loop, Config(), None, self.theirs, self.write)
+        self.gate = Gate(self.loop, Config(), None, self.theirs)
         self.clients: list[socket.socket] = []
 
     def turn(self) -> None:
@@ -157,7 +156,6 @@ class Here:
         self.loop.close()
         for each in (self.monitor, self.theirs, *self.clients):
             each.close()
-        ipc.close_all((self.read, self.write))
 
 
 @pytest.fixture
@@ -189,17 +187,17 @@ def test_a_fault_in_one_connection_ends_that_one_and_shows_no_values(
 
 def test_a_connection_is_taken_at_once(here: Here) -> None:
     here.connect()
-    assert ipc.read_packet(here.read) == ipc.Taken(1)
+    assert ipc.receive_request(here.monitor) == ipc.Taken(1)
 
 
 def test_messages_for_connections_that_are_over_are_dropped_with_their_descriptors(here: Here) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    pipes = [*os.pipe(), *os.pipe()]
-    ipc.send_descriptors(here.monitor, ipc.Conversation(9, 1), pipes[:2])
+    pipes = os.pipe()
+    ipc.send_descriptors(here.monitor, ipc.Conversation(9, 1), pipes[:1])
     ipc.send_descriptors(here.monitor, ipc.Verdict(9, 1, 0, ""))
     ipc.send_descriptors(here.monitor, ipc.NewLine(9, 1, 1))
     here.connect()
-    ipc.send_descriptors(here.monitor, ipc.Conversation(1, 77), pipes[2:])
+    ipc.send_descriptors(here.monitor, ipc.Conversation(1, 77), pipes[1:])
     here.turn()
     ipc.close_all(pipes)
     here.clients[0].close()
@@ -209,8 +207,8 @@ def test_messages_for_connections_that_are_over_are_dropped_with_their_descripto
 
 def test_a_worker_that_was_not_listened_to_is_not_taken_for_hung() -> None:
     clock = [0.0]
-    ends = os.pipe(), os.pipe()
-    link = Link(Mock(loop=Mock(time=lambda: clock[0])), 1, ends[0][0], ends[1][1])
+    here, there = ipc.socket_pair(socket.SOCK_STREAM)
+    link = Link(Mock(loop=Mock(time=lambda: clock[0])), 1, here.detach())
     connection = Mock(number=3, peer="192.0.2.7")
     link.send(connection, Forward(frames.CALL, 1, Fid(b"echo", Attachment(5)), bytes(4)))
     link.check(0.0, 20.0, 65.0)
@@ -223,5 +221,4 @@ def test_a_worker_that_was_not_listened_to_is_not_taken_for_hung() -> None:
         link.check(now, 20.0, 65.0)
         taken_for_hung.append(link.dead)
     assert taken_for_hung == [False, True]
-    os.close(ends[0][1])
-    os.close(ends[1][0])
+    there.close()

@@ -104,7 +104,7 @@ def test_a_worker_that_takes_nothing_stops_those_who_feed_it_and_is_given_up(sta
     other.log_in("bob")
     other.walk("echo")
     before = resident(world.pid)
-    world.forget(world.workers[1].read)
+    world.forget(world.workers[1].fd)
     client.sock.settimeout(0.2)
     body = messages.call_body(3, bytes(1 << 20))
     sent = 0
@@ -125,7 +125,7 @@ def test_a_worker_that_takes_nothing_stops_those_who_feed_it_and_is_given_up(sta
 def test_a_monitor_that_is_busy_stops_the_clients_for_as_long(local: World) -> None:
     client = local.connect()
     client.log_in()
-    local.forget(local.pipe)
+    local.forget(local.monitor.fileno())
     seqs = list(range(1000, 1600))
     bodies = [messages.encode(messages.Attach(1, seq, "alice")) for seq in seqs]
     client.send(b"".join(frame(frames.ATTACH, seq, body) for seq, body in zip(seqs, bodies, strict=True)))

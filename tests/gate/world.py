@@ -121,19 +121,18 @@ class World:
         self._sessions: dict[int, int] = {}
         self._numbers: dict[str, int] = {}
         self._conn = 0
-        self._children: dict[int, tuple[int, int, int, list[str]]] = {}
+        self._children: dict[int, tuple[int, int, list[str]]] = {}
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Condition()
         self._stop, self._stopper = os.pipe()
         self.clients: list[Client] = []
         self.monitor, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pipe, their_pipe = ipc.packet_pipe()
-        # A pipe, as in the daemon: a gate may not write files (RLIMIT_FSIZE).
-        errors, their_errors = os.pipe()
-        self.stderr = open(errors, "rb")  # noqa: SIM115
-        self.pid = self._exec(code / program, code / "site", theirs.fileno(), their_pipe, their_errors)
+        # A socket, as in the daemon: a gate may not write files (RLIMIT_FSIZE).
+        errors, their_errors = socket.socketpair()
+        self.stderr = open(errors.detach(), "rb")  # noqa: SIM115
+        self.pid = self._exec(code / program, code / "site", theirs.fileno(), their_errors.fileno())
         theirs.close()
-        ipc.close_all((their_pipe, their_errors))
+        their_errors.close()
         settings = {"paths": {"tree": "/the/tree"}, "limits": settings or {}}
         fds = []
         if kind == "tls":
@@ -152,21 +151,22 @@ class World:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def _exec(self, program: Path, site: Path, sock: int, pipe: int, errors: int) -> int:
+    def _exec(self, program: Path, site: Path, sock: int, errors: int) -> int:
         gate = [os.path.realpath(sys.executable), "-I", "-S", str(program), self.kind, str(site)]
         drop = ["setpriv", "--no-new-privs"]
         if os.getuid() == 0:
-            drop += [f"--reuid={UID}", f"--regid={GID}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
+            drop += [f"--reuid={UID}", f"--rgid={GID}", "--egid=65534", "--clear-groups"]
+            drop += ["--bounding-set=-all", "--inh-caps=-all"]
         pid = os.fork()
         if pid:
             return pid
         try:
             os.setsid()
             os.chdir("/")
-            high = [os.dup(fd) for fd in (sock, pipe, errors) for _ in range(10)]
-            for fd, place in ((high[9], 3), (high[19], 4), (high[29], 2)):
+            high = [os.dup(fd) for fd in (sock, errors) for _ in range(10)]
+            for fd, place in ((high[9], 3), (high[19], 2)):
                 os.dup2(fd, place)
-            os.closerange(5, 4096)
+            os.closerange(4, 4096)
             os.execvpe(drop[0], drop + gate, {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"})
         finally:
             os._exit(127)
@@ -191,15 +191,15 @@ class World:
 
     def listen(self) -> None:
         """Read what the gate says (again)."""
-        self._selector.register(self.pipe, selectors.EVENT_READ, self._readable)
+        self._selector.register(self.monitor, selectors.EVENT_READ, self._readable)
 
     def tell(self, message: ipc.Message, fds: list[int] | tuple[int, ...] = ()) -> None:
         ipc.send_descriptors(self.monitor, message, list(fds))
 
     def _readable(self) -> None:
-        message = ipc.read_packet(self.pipe)
+        message = ipc.read_packet(self.monitor.fileno())
         if message is None:
-            self.forget(self.pipe)
+            self.forget(self.monitor.fileno())
             return
         with self._lock:
             self.said.append(message)
@@ -216,34 +216,33 @@ class World:
         if message.mechanism == "peer":
             self.tell(ipc.Verdict(message.conn, message.afid, 0 if message.uname == "me" else 13, ""))
             return
-        answers, gate_writes = ipc.packet_pipe()
-        gate_reads, prompts = ipc.packet_pipe()
+        child, gate = (each.detach() for each in ipc.socket_pair(socket.SOCK_SEQPACKET))
         try:
-            self.tell(ipc.Conversation(message.conn, message.afid), (gate_reads, gate_writes))
+            self.tell(ipc.Conversation(message.conn, message.afid), (gate,))
         except OSError:  # the test is over, and so is the gate
-            ipc.close_all((answers, prompts))
+            os.close(child)
             return
         finally:
-            ipc.close_all((gate_reads, gate_writes))
+            os.close(gate)
         wanted = [message.uname[::-1]] + (["123456"] if message.uname.startswith("two") else [])
-        self._children[answers] = (message.conn, message.afid, prompts, wanted)
-        ipc.write_packet(prompts, ipc.Prompts(("info", "secret"), ("hello", "Password:")))
-        self._selector.register(answers, selectors.EVENT_READ, lambda: self._answered(answers))
+        self._children[child] = (message.conn, message.afid, wanted)
+        ipc.write_packet(child, ipc.Prompts(("info", "secret"), ("hello", "Password:")))
+        self._selector.register(child, selectors.EVENT_READ, lambda: self._answered(child))
 
-    def _answered(self, answers: int) -> None:
-        conn, afid, prompts, wanted = self._children[answers]
-        message = ipc.read_packet(answers)
+    def _answered(self, child: int) -> None:
+        conn, afid, wanted = self._children[child]
+        message = ipc.read_packet(child)
         if isinstance(message, ipc.Answer) and message.answer.decode() == wanted[0] and wanted[1:]:
             wanted.pop(0)
-            ipc.write_packet(prompts, ipc.Prompts(("text",), ("Code:",)))
+            ipc.write_packet(child, ipc.Prompts(("text",), ("Code:",)))
             return
         if isinstance(message, ipc.Answer):
             good = message.answer.decode() == wanted[0]
-            ipc.write_packet(prompts, ipc.Prompts(("info",), ("welcome" if good else "go away",)))
+            ipc.write_packet(child, ipc.Prompts(("info",), ("welcome" if good else "go away",)))
             self.tell(ipc.Verdict(conn, afid, 0 if good else 13, ""))
-        self.forget(answers)
-        del self._children[answers]
-        ipc.close_all((answers, prompts))
+        self.forget(child)
+        del self._children[child]
+        os.close(child)
 
     def _attach(self, message: ipc.Attach) -> None:
         number = self._numbers.setdefault(message.uname, len(self._numbers) + 1)
@@ -262,10 +261,10 @@ class World:
             return
         worker = self.workers[number] = Worker(self, number)
         try:
-            self.tell(ipc.Attached(conn, request, session, number), (worker.gate_reads, worker.gate_writes))
+            self.tell(ipc.Attached(conn, request, session, number), (worker.gate_end,))
         finally:
-            ipc.close_all((worker.gate_reads, worker.gate_writes))
-        self._selector.register(worker.read, selectors.EVENT_READ, worker.readable)
+            os.close(worker.gate_end)
+        self._selector.register(worker.fd, selectors.EVENT_READ, worker.readable)
 
     def _announce(self, message: ipc.Announce) -> None:
         if message.path == "none":
@@ -296,7 +295,7 @@ class World:
 
     def conversing(self) -> int:
         """How many authentication children still have somebody to talk to."""
-        return sum(answers in self._selector.get_map() for answers in list(self._children))
+        return sum(child in self._selector.get_map() for child in list(self._children))
 
     def release(self, order: int = 1) -> None:
         """Answer the late calls; order -1: the last one first."""
@@ -340,9 +339,7 @@ class World:
         self._thread.join()
         for worker in list(self.workers.values()):
             worker.close()
-        for answers, (_, _, prompts, _) in self._children.items():
-            ipc.close_all((answers, prompts))
-        os.close(self.pipe)
+        ipc.close_all(self._children)
         os.close(self._stop)
         self._selector.close()
         text = self.stderr.read().decode()

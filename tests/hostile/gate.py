@@ -31,7 +31,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def tell(message: ipc.Message) -> None:
     """Send to the monitor."""
-    ipc.write_packet(4, message)
+    ipc.write_packet(MONITOR.fileno(), message)
 
 
 def listen(seconds: float) -> bool:

@@ -19,12 +19,12 @@ from srpcd.wire.frames import FrameReader, frame  # noqa: E402
 
 MONITOR = Socket(fileno=3)
 heard: list[tuple[ipc.Message, list[int]]] = []
-gates: dict[int, tuple[int, FrameReader]] = {}
+gates: dict[int, FrameReader] = {}
 
 
 def tell(message: ipc.Message) -> None:
     """Send to the monitor."""
-    ipc.write_packet(4, message)
+    ipc.write_packet(MONITOR.fileno(), message)
 
 
 def listen(seconds: float) -> bool:
@@ -36,7 +36,8 @@ def listen(seconds: float) -> bool:
         os._exit(0)
     message, fds = received
     if isinstance(message, ipc.Gate):
-        gates[fds[0]] = (fds[1], FrameReader(ipc.TO_WORKER))
+        os.set_blocking(fds[0], True)
+        gates[fds[0]] = FrameReader(ipc.TO_WORKER)
     else:
         heard.append(received)
     return True
@@ -75,7 +76,7 @@ def main() -> None:
         if MONITOR in ready:
             listen(0)
         for fd in [each for each in ready if isinstance(each, int)]:
-            write, reader = gates[fd]
+            reader = gates[fd]
             data = os.read(fd, 65536)
             if not data:
                 del gates[fd]
@@ -91,7 +92,7 @@ def main() -> None:
                 elif kind == ipc.FLUSH:
                     answer = frame(ipc.FLUSHED, tag)
                 if answer:
-                    os.write(write, answer)
+                    os.write(fd, answer)
 
 
 if __name__ == "__main__":

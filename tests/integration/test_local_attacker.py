@@ -3,7 +3,9 @@
 Everything here is the product as it is; the attacker is a process of bob's.
 """
 
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,52 @@ except OSError as fault:
 """
 
 
+GRAB = """
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+pattern, seen, found, taken = sys.argv[1].encode(), {str(os.getpid())}, [], []
+libc.syscall.restype = ctypes.c_long
+print("ready", flush=True)
+def attempt(pid):
+    try:
+        pidfd = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGSTOP)  # as in the attack: what is stopped stays as it is
+    except OSError:
+        return
+    found.append(pid)
+    for fd in range(6):
+        got = libc.syscall(438, pidfd, fd, 0)
+        if got >= 0:
+            taken.append(f"descriptor {fd}")
+            os.close(got)
+    if libc.ptrace(0x4206, pid, None, None) == 0:  # PTRACE_SEIZE
+        taken.append("traced")
+    for name in ("mem", "maps", "fd/3", "environ"):
+        try:
+            os.close(os.open(f"/proc/{pid}/{name}", os.O_RDONLY))
+            taken.append(name)
+        except OSError:
+            pass
+    os.kill(pid, signal.SIGCONT)
+    os.close(pidfd)
+while not os.path.exists(sys.argv[2]):
+    for name in os.listdir("/proc"):
+        if name.isdigit() and name not in seen:
+            try:
+                command = open(f"/proc/{name}/cmdline", "rb").read()
+            except OSError:
+                continue
+            if pattern in command:
+                attempt(int(name))
+                seen.add(name)
+print(len(found), *sorted(set(taken)))
+"""
+"""Stop one's own new workers as early as they can be found, and take what they have. Says how many, and what was taken."""
+
+STARTS = 25
+"""Workers that the attacker waits for. Before there was a defence, it won against nearly each of them."""
+
+
 @pytest.fixture(scope="module")
 def daemon(private_realm: realm.Place) -> Iterator[realm.Daemon]:
     with realm.Daemon() as running:
@@ -94,3 +142,26 @@ asyncio.run(main())
     done = realm.run_as("bob", realm.python(code, f"unix:{daemon.local}"))
     assert b"announced" not in done.stdout, done
     assert len(done.stdout.split()) == 4, done
+
+
+def test_a_worker_can_be_taken_over_by_its_user_at_no_moment_of_its_start(
+    private_realm: realm.Place, open_directory: Path
+) -> None:
+    """The exec of the worker's program is the moment: until then it is root's, and from then on it looks like the user's."""
+    with realm.Daemon({"limits": {"worker_idle": 0.2}}) as daemon:
+        end = open_directory / "end"
+        code = realm.python(GRAB, "worker/__main__.py", str(end))
+        attacker = realm.popen_as("alice", code, stdout=subprocess.PIPE)
+        try:
+            assert attacker.stdout is not None
+            assert attacker.stdout.readline() == b"ready\n"
+            for number in range(STARTS):
+                with stage.dial(daemon, "alice") as alice:
+                    assert alice.stat("/").is_dir
+                daemon.wait_event("process-end", 20, number + 1, role="worker")
+            end.touch()
+            found, *taken = attacker.stdout.read().decode().split(maxsplit=1)
+        finally:
+            realm.finish(attacker)
+        assert taken == []
+        assert int(found) >= STARTS // 2

@@ -23,7 +23,7 @@ import srpcd
 from srpcd import ipc
 from srpcd.wire import frames
 
-UID, GID, GROUP = 65101, 65102, 65103
+UID, GID, GROUP, UNUSED_GID = 65101, 65102, 65103, 65104
 ROOT = os.geteuid() == 0
 PYTHON = "/usr/bin/python3"
 CODE = Path(srpcd.__file__).parent
@@ -184,11 +184,10 @@ class Bench:
         self.tree = tree
         self.python = PYTHON
         self.monitor, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.packets, packets = ipc.packet_pipe()
         self.errors, errors = os.pipe()
         self.peers: list[Frames] = []
         self.lines = 0
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in (theirs.fileno(), packets)]
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in (theirs.fileno(),)]
         script = code / "srpcd/worker/__main__.py"
         self.process = subprocess.Popen(
             [PYTHON, "-I", "-S", script, "somebody"],
@@ -197,13 +196,13 @@ class Bench:
             stderr=errors,
             cwd="/",
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-            close_fds=False,  # 3 and 4 are made by `drop`; all others are close-on-exec
+            close_fds=False,  # 3 is made by `drop`; all others are close-on-exec
             preexec_fn=lambda: drop(high),
         )
         self.started = (
             time.monotonic()
         )  # of the exec: how long a process as large as pytest takes to fork is not of interest
-        for fd in (*high, packets, errors):
+        for fd in (*high, errors):
             os.close(fd)
         theirs.close()
         self.uid = UID if ROOT else os.getuid()
@@ -239,9 +238,9 @@ class Bench:
 
     def told(self, timeout: float = 5.0) -> ipc.Message:
         """What the worker tells the monitor next."""
-        if not readable(self.packets, timeout):
+        if not readable(self.monitor.fileno(), timeout):
             raise TimeoutError("the worker says nothing")
-        message = ipc.read_packet(self.packets)
+        message = ipc.receive_request(self.monitor)
         assert message is not None, self.standard_error()
         return message
 
@@ -250,10 +249,11 @@ class Bench:
 
     def gate(self) -> Gate:
         """Another gate."""
-        their_read, write = os.pipe()
-        read, their_write = os.pipe()
-        self.send(ipc.Gate(len(self.peers) + 1), their_read, their_write)
-        gate = Gate(read, write)
+        here, there = ipc.socket_pair(socket.SOCK_STREAM)
+        here.setblocking(True)
+        self.send(ipc.Gate(len(self.peers) + 1), there.detach())
+        fd = here.detach()
+        gate = Gate(fd, os.dup(fd))
         self.peers.append(gate)
         return gate
 
@@ -297,7 +297,6 @@ class Bench:
         finally:
             self.process.kill()
             self.process.wait()
-            os.close(self.packets)
             os.close(self.errors)
             for peer in self.peers:
                 peer.close()
@@ -306,13 +305,12 @@ class Bench:
 def drop(high: list[int]) -> None:
     """What the monitor does before the exec."""
     os.dup2(high[0], 3)
-    os.dup2(high[1], 4)
     libc = ctypes.CDLL(None, use_errno=True)
     if ROOT:
         for capability in range(64):
             libc.prctl(24, capability, 0, 0, 0)
         os.setgroups([GROUP])
-        os.setresgid(GID, GID, GID)
+        os.setresgid(GID, UNUSED_GID, GID)  # see srpcd.monitor.launch.become
         os.setresuid(UID, UID, UID)
     libc.prctl(38, 1, 0, 0, 0)
 
@@ -322,7 +320,8 @@ def code() -> Iterator[Path]:
     """The worker's code where other users can read it, compiled."""
     base = Path(tempfile.mkdtemp(prefix="srpc-worker-code-"))
     base.chmod(0o755)
-    for source in ("__init__.py", "ipc.py", "confine.py", "libc.py", "openat2.py", "alarm.py", "wire", "worker"):
+    modules = ("__init__.py", "alarm.py", "confine.py", "ipc.py", "libc.py", "openat2.py", "passing.py")
+    for source in (*modules, "wire", "worker"):
         target = base / "srpcd" / source
         if (CODE / source).is_dir():
             shutil.copytree(CODE / source, target, ignore=shutil.ignore_patterns("__pycache__"))

@@ -68,7 +68,7 @@ def test_a_stuck_handler_holds_up_no_other_and_is_given_up(start: "Callable[...,
     gate = bench.gate()
     inode, stuck = bench.announced(gate)
     other, handler = bench.announced(gate, "other")
-    tag = gate.start("echo", bytes(1 << 20), inode)  # nobody reads it
+    tag = gate.start("echo", bytes(14 << 20), inode)  # nobody reads it
     good = gate.start("other", b"", other)
     seq, _payload = handler.request()
     handler.reply(seq, b"")

@@ -66,7 +66,7 @@ def test_a_worker_that_is_not_who_it_was_told_to_be_ends_before_it_serves(
     monkeypatch.setattr(conftest, "GROUP", 65199)
     bench = conftest.Bench(tree, code)
     try:
-        assert ipc.read_packet(bench.packets) is None
+        assert ipc.receive_request(bench.monitor) is None
     except BlockingIOError:
         pass
     bench.close()
