@@ -1,16 +1,45 @@
 """The realm itself: its accounts log in as they should, its users are who they are, and nothing of it is outside."""
 
+import ast
 import json
 import os
+import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import realm
-from tests.realm import Place, processes
+from tests.realm import Place, mounts, processes
+from tests.realm.place import CHECKOUT, PAM_SERVICES
 
 pytestmark = pytest.mark.needs_root
+
+NESTED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests import realm
+place = realm.enter()
+print("entered", flush=True)
+sys.stdin.readline()
+"""
+
+LISTING = """
+import os
+def facts(path):
+    found = os.lstat(path)
+    names = [name for name in os.listxattr(path, follow_symlinks=False) if not name.startswith("user.")]
+    link = os.readlink(path) if os.path.islink(path) else ""
+    attributes = sorted((name, os.getxattr(path, name, follow_symlinks=False)) for name in names)
+    return found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns, link, attributes
+def listing(top):
+    paths = [os.path.join(parent, name) for parent, below, names in os.walk(top) for name in [*below, *names]]
+    return {path: facts(path) for path in paths}
+"""
 
 LOGIN = """
 import json, pam
@@ -43,6 +72,24 @@ LOGINS = [
     ("dave", "anything", "srpcd-open", ACCT_EXPIRED),
     ("bob", "", "srpcd-closed", AUTH_ERR),
 ]
+
+
+@contextmanager
+def nested(code: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that enters a realm of its own, for which ours is the outside, and then runs `code` when told to go on."""
+    command = [sys.executable, "-c", NESTED + code, str(CHECKOUT)]
+    process = realm.popen_as(None, command, env=dict(os.environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == b"entered\n"
+        yield process
+    finally:
+        realm.finish(process)
+
+
+def go_on(process: subprocess.Popen[bytes]) -> list[str]:
+    """Let a nested process run its code; what it prints, by lines."""
+    return process.communicate(b"\n", 30 * processes.PACE)[0].decode().splitlines()
 
 
 def test_each_account_logs_in_through_pam_as_it_should(private_realm: Place) -> None:
@@ -114,6 +161,54 @@ def test_nothing_of_it_is_outside(private_realm: Place) -> None:
     assert str(private_realm.root / "home") not in (outside / "root/etc/passwd").read_text()
     mounts = (outside / "mountinfo").read_text().splitlines()
     assert [line for line in mounts if line.split()[4] in ("/etc/passwd", "/etc/pam.d", str(private_realm.root))] == []
+
+
+def test_accounts_that_are_added_outside_do_not_end_those_of_the_realm(private_realm: Place) -> None:
+    """useradd(8) renames a new passwd over the old one, which detaches mounts on the old file in all namespaces."""
+    look = "import pwd; print(pwd.getpwnam('alice').pw_dir, 'late' in [each.pw_name for each in pwd.getpwall()])"
+    passwd = Path("/etc/passwd")
+    before = passwd.read_text()
+    with nested(look) as process:
+        try:
+            kept = [line for line in before.splitlines() if "alice" not in line]
+            mounts.replace(passwd, "\n".join([*kept, "late:x:9:9:::", ""]))
+            shown = go_on(process)
+        finally:
+            mounts.replace(passwd, before)
+    assert shown == [f"{private_realm.root}/home/alice False"]
+
+
+def test_the_copy_of_etc_keeps_what_the_original_has(private_realm: Place) -> None:
+    """Modes, owners, times, ACLs and links. The original is our own copy, and the copy is that of a realm inside ours."""
+    odd = Path("/etc/odd")
+    odd.mkdir(0o750)
+    (odd / "link").symlink_to("../nowhere")
+    os.chown(odd / "link", 0, realm.group("calc"), follow_symlinks=False)
+    (odd / "file").write_text("content")
+    os.chown(odd / "file", realm.account("bob").uid, realm.group("calc"))
+    (odd / "file").chmod(0o4710)
+    realm.grant(odd / "file", "r", uid=realm.account("alice").uid)
+    os.mkfifo(odd / "pipe")
+    (odd / "mounted").mkdir()
+    mounts.tmpfs(odd / "mounted")
+    try:
+        (odd / "mounted/below").write_text("below")
+        look = "print(open('/etc/odd/file').read(), open('/etc/odd/mounted/below').read())\nprint(listing('/etc'))\n"
+        with nested(LISTING + look) as process:
+            contents, listed = go_on(process)
+        scope: dict[str, Any] = {}
+        exec(f"{LISTING}found = listing('/etc')", scope)
+    finally:
+        mounts.unmount(odd / "mounted")
+        shutil.rmtree(odd)
+    assert contents == "content below"
+    copied, original = ast.literal_eval(listed), scope["found"]
+    assert original.pop("/etc/odd/pipe")
+    for name in ("passwd", "shadow", "group", "shells", "pam.d", *(f"pam.d/{name}" for name in PAM_SERVICES)):
+        # These are written anew.
+        copied.pop(f"/etc/{name}", None)
+        original.pop(f"/etc/{name}", None)
+    assert copied == original
 
 
 def test_a_command_that_takes_too_long_is_ended(private_realm: Place) -> None:

@@ -136,7 +136,7 @@ def daemon(private_realm: realm.Place) -> Iterator[realm.Daemon]:
             yield running
     finally:
         for name in ("mount", "bound"):
-            mounts._call("umount", os.fsencode(made.tree / "odd" / name))
+            mounts.unmount(made.tree / "odd" / name)
 
 
 TIMES = min(realm.PACE, 4.0)

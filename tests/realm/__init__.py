@@ -1,8 +1,8 @@
 """A place of one's own for tests, demo and benches: throwaway users, a tmpfs, code that other users can reach.
 
-As root, `enter` puts this process into a private mount namespace. There, and only there, `/etc/passwd`, `/etc/shadow`,
-`/etc/group`, `/etc/shells` and `/etc/pam.d` are copies with the accounts of `accounts.PEOPLE` added, and a tmpfs lies on
-`/srv` (tree, sockets, keys, code, temporary files). It is gone with the last process in it; nothing outside changes.
+As root, `enter` puts this process into a private mount namespace. There, and only there, `/etc` is a copy that has the
+accounts of `accounts.PEOPLE` and the PAM services of the tests, and a tmpfs lies on `/srv` (tree, sockets, keys, code,
+temporary files). It is gone with the last process in it; nothing outside changes, and changes outside do not reach it.
 
 As an ordinary user there is no such place: `enter` then makes a temporary directory for a daemon in personal mode, and
 `missing` says what can't be had.

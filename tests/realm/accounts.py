@@ -1,4 +1,4 @@
-"""The throwaway accounts, and the copies of the account files that have them."""
+"""The throwaway accounts, and the account files of the realm, which list them."""
 
 import ctypes
 import dataclasses
@@ -56,7 +56,7 @@ _accounts: dict[str, Account] = {}
 _groups: dict[str, int] = {}
 _originals: dict[str, list[str]] = {}
 _hashes: dict[str, str] = {}
-_store: list[Path] = []
+_homes: list[Path] = []
 
 
 def password(name: str) -> str:
@@ -74,8 +74,8 @@ def group(name: str) -> int:
     return _groups[name]
 
 
-def create(store: Path) -> None:
-    """Choose numbers for all accounts and put the copied files in place. store: a directory for the copies."""
+def create(homes: Path) -> None:
+    """Choose numbers for all accounts and write the account files. homes: the directory of the home directories."""
     for file in ("passwd", "shadow", "group", "shells"):
         _originals[file] = Path("/etc", file).read_text(encoding="utf-8").splitlines()
     for name in GROUPS:
@@ -84,8 +84,8 @@ def create(store: Path) -> None:
     for name in ("root", "nobody"):
         _hashes[name] = _hash(password(name))
     shells = _originals["shells"]
-    mounts.replace(Path("/etc/shells"), "\n".join([*shells, "/bin/sh", "/bin/bash", ""]), store)
-    _store.append(store)
+    mounts.replace(Path("/etc/shells"), "\n".join([*shells, "/bin/sh", "/bin/bash", ""]))
+    _homes.append(homes)
     _write()
 
 
@@ -125,7 +125,7 @@ def _free(taken: set[int], *, system: bool) -> Iterator[int]:
 
 def _write() -> None:
     """Write passwd, shadow and group anew."""
-    store, own = _store[0], set(_accounts)
+    own = set(_accounts)
 
     def kept(file: str, names: set[str]) -> list[str]:
         return [line for line in _originals[file] if line.split(":", 1)[0] not in names]
@@ -137,8 +137,7 @@ def _write() -> None:
     for name in ("root", "nobody"):
         shadow.append(f"{name}:{_hashes[name]}:19000:0:99999:7:::")
     for each in _accounts.values():
-        home = f"{store.parent}/home/{each.name}"
-        passwd.append(f"{each.name}:x:{each.uid}:{each.gid}::{home}:{each.shell}")
+        passwd.append(f"{each.name}:x:{each.uid}:{each.gid}::{_homes[0]}/{each.name}:{each.shell}")
         hashed = ("!" if each.locked else "") + _hashes[each.name]
         expire = str(EXPIRED_DAY) if each.expired else ""
         shadow.append(f"{each.name}:{hashed}:{0 if each.stale else 19000}:0:99999:7::{expire}:")
@@ -148,7 +147,7 @@ def _write() -> None:
         members = ",".join(each.name for each in _accounts.values() if name in each.groups)
         group.append(f"{name}:x:{gid}:{members}")
     for file, lines in (("passwd", passwd), ("shadow", shadow), ("group", group)):
-        mounts.replace(Path("/etc", file), "\n".join([*lines, ""]), store)
+        mounts.replace(Path("/etc", file), "\n".join([*lines, ""]))
 
 
 def _hash(text: str) -> str:

@@ -33,9 +33,9 @@ def label(path: Path, kind: str) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Give `target` the label of `source`."""
+    """Give `target` the label of `source`, of the symbolic links themselves where they are links."""
     if ON:
-        os.setxattr(target, _NAME, os.getxattr(source, _NAME))
+        os.setxattr(target, _NAME, os.getxattr(source, _NAME, follow_symlinks=False), follow_symlinks=False)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def _private(root: Path) -> Place:
     sites = _sites()
     mounts.tmpfs(root)
     labels.label(root, "var_t")
-    for name, mode in (("store", 0o700), ("home", 0o755), ("tmp", 0o1777), ("code", 0o755), ("pam.d", 0o755)):
+    for name, mode in (("etc", 0o755), ("home", 0o755), ("tmp", 0o1777), ("code", 0o755)):
         (root / name).mkdir()
         (root / name).chmod(mode)
         labels.label(root / name, labels.TESTS)
@@ -124,13 +124,16 @@ def _private(root: Path) -> Place:
     if nscd.is_dir():
         mounts.tmpfs(nscd)
     _hide_systemd(root / "systemd")
-    accounts.create(root / "store")
+    # The loaded SELinux policy is the machine's, and so are the files that describe it.
+    mounts.overlay(Path("/etc"), root / "etc", live=("selinux",))
+    _name_localhost()
+    accounts.create(root / "home")
     for person in accounts.PEOPLE:
         home = root / "home" / person.name
         home.mkdir(0o700)
         os.chown(home, accounts.account(person.name).uid, accounts.account(person.name).gid)
     module = compile_module(root / "pam_twostep.so")
-    _pam_services(root / "pam.d", module)
+    _pam_services(module)
     code = _installed() or _copied_code(root / "code")
     seen = []
     for number, site in enumerate(sites):
@@ -211,14 +214,22 @@ def compile_module(module: Path) -> Path | None:
     return module
 
 
-def _pam_services(directory: Path, module: Path | None) -> None:
-    shutil.copytree("/etc/pam.d", directory, dirs_exist_ok=True)
-    directory.chmod(0o755)
+def _name_localhost() -> None:
+    """Let the name localhost be known where /etc/hosts is missing or has no such line."""
+    hosts = Path("/etc/hosts")
+    known = hosts.read_text(encoding="utf-8") if hosts.exists() else ""
+    if "localhost" not in known.split():
+        hosts.unlink(missing_ok=True)  # it may be a link to a file outside
+        hosts.write_text(f"127.0.0.1 localhost\n::1 localhost\n{known}", encoding="utf-8")
+        hosts.chmod(0o644)
+
+
+def _pam_services(module: Path | None) -> None:
+    directory = Path("/etc/pam.d")
     for name, text in PAM_SERVICES.items():
         if module or "{module}" not in text:
             (directory / name).write_text(text.format(module=module))
             (directory / name).chmod(0o644)
-    mounts.bind(directory, Path("/etc/pam.d"))
 
 
 def _use_for_temporary_files(directory: Path) -> None:
