@@ -1,5 +1,5 @@
 # sRPC. `make demo` and `make test` need nothing but a clone: the virtual environment is made here, with Debian's Python.
-# As root both work in a private mount namespace with throwaway users; as an ordinary user they do what they can.
+# As root both work in namespaces of their own with throwaway users; as an ordinary user they do what they can.
 
 # The system's interpreter, and not what PATH says: gates and workers run it as other users, who could not reach one in
 # somebody's home.

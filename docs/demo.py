@@ -1,6 +1,6 @@
 """`make demo`: a daemon with throwaway users on loopback, and what the kernel lets them do.
 
-As root: in a private mount namespace (`tests.realm`), so that neither users nor files nor processes are left, which is
+As root: in namespaces of its own (`tests.realm`), so that neither users nor files nor processes are left, which is
 checked at the end. As an ordinary user: the same daemon in personal mode, as far as that goes. Everything that is shown
 is done, and has to come out as it is told: the exit status is 1 where something did not.
 """

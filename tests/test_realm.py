@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from tests.realm.place import CHECKOUT, PAM_SERVICES
 pytestmark = pytest.mark.needs_root
 
 NESTED = """
-import sys
+import os, signal, subprocess, sys, time
 sys.path.insert(0, sys.argv[1])
 from tests import realm
 place = realm.enter()
@@ -75,16 +76,33 @@ LOGINS = [
 
 
 @contextmanager
-def nested(code: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that enters a realm of its own, for which ours is the outside, and then runs `code` when told to go on."""
-    command = [sys.executable, "-c", NESTED + code, str(CHECKOUT)]
-    process = realm.popen_as(None, command, env=dict(os.environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def nested(code: str, stdin: int = subprocess.PIPE, first: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A process that enters a realm of its own, for which ours is the outside, and then runs `code` when told to go on.
+
+    first: code that it runs before it enters.
+    """
+    command = [sys.executable, "-c", first + NESTED + code, str(CHECKOUT)]
+    process = realm.popen_as(None, command, env=dict(os.environ), stdin=stdin, stdout=subprocess.PIPE)
     try:
-        assert process.stdout
-        assert process.stdout.readline() == b"entered\n"
+        assert said(process) == "entered"
         yield process
     finally:
         realm.finish(process)
+
+
+@contextmanager
+def apart(code: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The same with a PID namespace of its own."""
+    with nested(code, **options) as process:
+        if not realm.descendants(process.pid):
+            pytest.skip("needs the right to mount a /proc of its own: a PID namespace for each run")
+        yield process
+
+
+def said(process: subprocess.Popen[bytes]) -> str:
+    """The next line that a nested process prints."""
+    assert process.stdout
+    return process.stdout.readline().decode().rstrip("\n")
 
 
 def go_on(process: subprocess.Popen[bytes]) -> list[str]:
@@ -156,11 +174,19 @@ def test_an_acl_grants_one_user_and_can_be_taken_away(open_directory: Path, priv
 
 
 def test_nothing_of_it_is_outside(private_realm: Place) -> None:
-    outside = Path(f"/proc/{os.getppid()}")  # whoever started the tests is in the namespace that they came from
-    assert os.readlink(outside / "ns/mnt") != os.readlink("/proc/self/ns/mnt")
-    assert str(private_realm.root / "home") not in (outside / "root/etc/passwd").read_text()
-    mounts = (outside / "mountinfo").read_text().splitlines()
-    assert [line for line in mounts if line.split()[4] in ("/etc/passwd", "/etc/pam.d", str(private_realm.root))] == []
+    """Here our realm is the outside of another one."""
+    files = [Path("/etc", name) for name in ("passwd", "shadow", "group", "shells")]
+    directories = private_realm.root, "/etc", "/etc/pam.d"
+    mountinfo = Path("/proc/self/mountinfo")
+
+    def state() -> list[object]:
+        return [mountinfo.read_text(), *map(Path.read_text, files), *(sorted(os.listdir(each)) for each in directories)]
+
+    before = state()
+    with nested(f"print([open('{mountinfo}').read()])") as process:
+        assert state() == before
+        assert ast.literal_eval(go_on(process)[0]) != before[:1]
+    assert state() == before
 
 
 def test_accounts_that_are_added_outside_do_not_end_those_of_the_realm(private_realm: Place) -> None:
@@ -209,6 +235,100 @@ def test_the_copy_of_etc_keeps_what_the_original_has(private_realm: Place) -> No
         copied.pop(f"/etc/{name}", None)
         original.pop(f"/etc/{name}", None)
     assert copied == original
+
+
+def test_a_run_sees_its_own_processes_only_and_has_loopback(private_realm: Place) -> None:
+    code = "print([name for name in os.listdir('/proc') if name.isdigit()])\nimport socket\n"
+    code += "print([name for _, name in socket.if_nameindex()], socket.create_server(('127.0.0.1', 0)).getsockname()[0])"
+    with apart(code) as process:
+        assert go_on(process) == ["['1', '2']", "['lo'] 127.0.0.1"]
+
+
+def test_a_user_of_one_run_signals_no_process_of_another_with_the_same_number(private_realm: Place) -> None:
+    uid = realm.account("bob").uid
+    code = f"os.setuid({uid})\ntry: os.kill(-1, signal.SIGKILL)\nexcept ProcessLookupError: print('nobody')"
+    bystander = realm.popen_as("bob", ["/bin/sleep", "600"])
+    try:
+        with apart(code) as process:
+            assert go_on(process) == ["nobody"]
+        assert bystander.poll() is None
+    finally:
+        realm.finish(bystander)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("sys.exit(7)", 7),
+        ("pass", 0),
+        ("raise SystemExit", 0),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.1); sys.exit(3)", 3),  # init heeds no signals of its own tests
+    ],
+)
+def test_a_run_ends_as_its_tests_do(private_realm: Place, code: str, status: int) -> None:
+    with apart(code) as process:
+        go_on(process)
+        assert process.returncode == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
+def test_a_signal_to_the_process_that_was_started_is_the_tests(private_realm: Place, number: signal.Signals) -> None:
+    code = f"signal.signal({number:d}, lambda *_: sys.exit(5))\nprint('ready', flush=True)\nwhile True: signal.pause()"
+    with apart(code) as process:
+        assert process.stdin
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert said(process) == "ready"
+        process.send_signal(number)
+        assert process.wait(60) == 5
+
+
+def test_an_interrupt_from_the_terminal_comes_once(private_realm: Place) -> None:
+    """Each process of the terminal's foreground group gets it, and none is to pass it on."""
+    code = """
+interrupts = []
+signal.signal(signal.SIGINT, lambda *_: interrupts.append(time.monotonic()))
+print("ready", flush=True)
+while not interrupts or time.monotonic() < interrupts[-1] + 0.5:
+    time.sleep(0.01)
+print(len(interrupts), flush=True)
+"""
+    terminal, other_end = os.openpty()
+    try:
+        # The session that it leads gets the terminal.
+        with apart(code, stdin=other_end, first="import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n") as process:
+            os.write(terminal, b"\n")
+            assert said(process) == "ready"
+            os.write(terminal, b"\x03")
+            assert said(process) == "1"
+            assert process.wait(60) == 0
+    finally:
+        os.close(terminal)
+        os.close(other_end)
+
+
+@pytest.mark.parametrize("how", ["the tests end", "the process that was started is killed"])
+def test_nothing_outlives_a_run(private_realm: Place, how: str) -> None:
+    code = """
+subprocess.Popen(["/usr/bin/setsid", "/bin/sleep", "600"])
+print("ready", flush=True)
+sys.stdin.readline()
+os._exit(0)
+"""
+    with apart(code) as process:
+        assert process.stdin
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert said(process) == "ready"
+        assert processes.until(lambda: [each for each in realm.descendants(process.pid) if "600" in each.command], 60)
+        below = realm.descendants(process.pid)
+        if how == "the tests end":
+            go_on(process)
+        else:
+            process.kill()
+        assert processes.until(lambda: not any(map(realm.alive, below)), 60)
 
 
 def test_a_command_that_takes_too_long_is_ended(private_realm: Place) -> None:

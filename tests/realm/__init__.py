@@ -1,8 +1,10 @@
 """A place of one's own for tests, demo and benches: throwaway users, a tmpfs, code that other users can reach.
 
-As root, `enter` puts this process into a private mount namespace. There, and only there, `/etc` is a copy that has the
-accounts of `accounts.PEOPLE` and the PAM services of the tests, and a tmpfs lies on `/srv` (tree, sockets, keys, code,
-temporary files). It is gone with the last process in it; nothing outside changes, and changes outside do not reach it.
+As root, `enter` lets the program go on in mount, PID, IPC and network namespaces of its own (see `namespaces`). There, and
+only there, `/etc` is a copy that has the accounts of `accounts.PEOPLE` and the PAM services of the tests, a tmpfs lies on
+`/srv` (tree, sockets, keys, code, temporary files), `/proc` shows this run's processes, and the only network is loopback.
+All of it ends with the program; nothing outside changes, and changes outside do not reach it. So several runs do not disturb
+each other.
 
 As an ordinary user there is no such place: `enter` then makes a temporary directory for a daemon in personal mode, and
 `missing` says what can't be had.

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import grp
 import pwd
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ PEOPLE = (
 """Their passwords are `password(name)`. Root and nobody have one of this kind too: a refusal is then about who they are."""
 
 GROUPS = ("calc", "staff2")
+
+_BEGIN = random.SystemRandom().random()
 
 _accounts: dict[str, Account] = {}
 _groups: dict[str, int] = {}
@@ -120,7 +123,13 @@ def _taken() -> set[int]:
 
 
 def _free(taken: set[int], *, system: bool) -> Iterator[int]:
-    return (number for number in (range(451, 999) if system else range(20_001, 60_000)) if number not in taken)
+    """Free numbers, from any on: what the kernel counts for a uid on the whole machine, two runs are not to share.
+
+    Those are its processes (RLIMIT_NPROC), its inotify instances and the memory of its pipes, for example.
+    """
+    numbers = range(451, 999) if system else range(20_001, 60_000)
+    begin = int(_BEGIN * len(numbers))
+    return (number for number in (*numbers[begin:], *numbers[:begin]) if number not in taken)
 
 
 def _write() -> None:

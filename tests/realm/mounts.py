@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.realm import labels
 
 CLONE_NEWNS = 0x00020000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 PR_SET_CHILD_SUBREAPER = 36
 
 _KEPT_ATTRIBUTES = {"security.capability", "system.posix_acl_access", "system.posix_acl_default"}
@@ -19,7 +19,8 @@ _KEPT_ATTRIBUTES = {"security.capability", "system.posix_acl_access", "system.po
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _call(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: object) -> None:
+    """A function of libc that returns 0 for success. Raises OSError."""
     if getattr(_libc, name)(*arguments):
         errno = ctypes.get_errno()
         raise OSError(errno, f"{name}: {os.strerror(errno)}")
@@ -27,14 +28,22 @@ def _call(name: str, *arguments: object) -> None:
 
 def mount(source: str, target: Path, kind: str = "", flags: int = 0, options: str = "") -> None:
     """mount(2). Raises OSError."""
-    _call("mount", source.encode(), os.fsencode(target), kind.encode() or None, ctypes.c_ulong(flags), options.encode())
+    call("mount", source.encode(), os.fsencode(target), kind.encode() or None, ctypes.c_ulong(flags), options.encode())
 
 
-def own_namespace() -> None:
-    """Leave the machine's mounts alone from here on. Raises OSError; RuntimeError where there are several threads."""
+def check_single_thread() -> None:
+    """Raise RuntimeError where this process has several threads."""
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("only the calling thread would enter the namespace: enter it before there are others")
-    _call("unshare", CLONE_NEWNS)
+
+
+def own_namespace(others: int = 0) -> None:
+    """Leave the machine's mounts alone from here on. Raises OSError; RuntimeError where there are several threads.
+
+    others: flags of unshare(2) for further namespaces.
+    """
+    check_single_thread()
+    call("unshare", CLONE_NEWNS | others)
     mount("none", Path("/"), flags=MS_REC | MS_PRIVATE)
 
 
@@ -52,7 +61,7 @@ def bind(source: Path, target: Path, readonly: bool = False) -> None:
 
 def unmount(target: Path) -> None:
     """umount(2). Raises OSError."""
-    _call("umount", os.fsencode(target))
+    call("umount", os.fsencode(target))
 
 
 def overlay(directory: Path, copy: Path, live: Collection[str] = ()) -> None:
@@ -129,4 +138,4 @@ def replace(target: Path, text: str) -> None:
 
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends, so that what a daemon leaves behind is seen."""
-    _call("prctl", ctypes.c_int(PR_SET_CHILD_SUBREAPER), *(ctypes.c_ulong(each) for each in (1, 0, 0, 0)))
+    call("prctl", ctypes.c_int(PR_SET_CHILD_SUBREAPER), *(ctypes.c_ulong(each) for each in (1, 0, 0, 0)))

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.realm import accounts, labels, mounts
+from tests.realm import accounts, labels, mounts, namespaces
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -66,21 +66,32 @@ def missing() -> str:
 
 @functools.cache
 def enter() -> Place:
-    """Enter the realm (once; later calls return the same). As root this process must have a single thread."""
+    """Enter the realm (once; later calls return the same).
+
+    As root, this process must have a single thread, and it is a descendant of the caller that this returns in (see
+    `namespaces`).
+    """
+    private = os.geteuid() == 0 and _own_namespaces()
     mounts.adopt_orphans()
-    if os.geteuid() == 0:
-        try:
-            mounts.own_namespace()
-        except PermissionError:
-            pass
-        else:
-            return _private(_mount_point())
+    if private:
+        return _private(_mount_point())
     root = Path(tempfile.mkdtemp(prefix="srpc-realm-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     temporary = root / "tmp"
     temporary.mkdir()
     _use_for_temporary_files(temporary)
     return Place(False, root, CHECKOUT, _sites(), temporary, None)
+
+
+def _own_namespaces() -> bool:
+    """Whether there is now a mount namespace of our own at least."""
+    if namespaces.enter():
+        return True
+    try:
+        mounts.own_namespace()  # containers without privileges have this right, and may not mount a /proc
+    except PermissionError:
+        return False
+    return True
 
 
 def install(path: Path, text: str, mode: int, *, uid: int = 0, gid: int = 0) -> Path:
