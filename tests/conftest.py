@@ -37,8 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Enter the realm before anything starts a thread or makes a temporary file."""
     realm.enter()
-    # Whoever ends the tests by SIGTERM wants their daemons to end too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM ends the daemons too. A shell lets what it starts in the background ignore SIGINT, and tests send it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -54,8 +55,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Collect what was left out, by reason."""
-    report = yield
+    """Collect what was left out, by reason.
+
+    Python before 3.11.5 raises SystemError ("AST constructor recursion depth mismatch") where a source text is parsed while
+    another one is: pytest parses the test's for its report, a garbage collection in between may run finalizers, and what
+    shows their faults parses too. It would end the whole run.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        report = yield
+    finally:
+        if collects:
+            gc.enable()
     if report.skipped and isinstance(report.longrepr, tuple):
         _left_out.setdefault(str(report.longrepr[2]).removeprefix("Skipped: "), []).append(item.nodeid)
     return report
