@@ -13,6 +13,9 @@ from srpcd import passing
 from tests import realm
 from tests.realm import processes
 
+WAIT_SECONDS = 60.0
+"""For what is expected to happen at once: this is no bound for its speed, but ends a test that would wait for ever."""
+
 ECHO_SERVICE = """
 import asyncio, sys
 from srpc_client import serve
@@ -112,7 +115,13 @@ def workers(daemon: realm.Daemon, user: str) -> list[processes.Process]:
     return daemon.processes("worker", user)
 
 
-def eventually(what: object, seconds: float = 5.0) -> bool:
+def sleepers(seconds: int) -> list[processes.Process]:
+    """The processes `sleep SECONDS` of this run: orphans are ours too (see `adopt_orphans`)."""
+    found = [each for each in processes.descendants(os.getpid()) if each.command[1:2] == (str(seconds),)]
+    return [each for each in found if "sleep" in each.command[0] and processes.alive(each)]
+
+
+def eventually(what: object, seconds: float = WAIT_SECONDS) -> bool:
     """Whether a condition (a function without arguments) comes true in time."""
     end = time.monotonic() + seconds * realm.PACE
     while not what():  # type: ignore[operator]

@@ -61,7 +61,7 @@ def hurried(private_realm: realm.Place) -> Iterator[realm.Daemon]:
     if realm.PACE > 1:
         pytest.skip("its times are a second or two, in which a slow machine does not get through a log-in")
     record = private_realm.temporary / "pam-record"
-    (private_realm.root / "pam.d" / "srpcd-record").write_text(
+    Path("/etc/pam.d/srpcd-record").write_text(
         f"auth required pam_unix.so\naccount optional pam_exec.so log={record} /usr/bin/env\naccount required pam_unix.so\n"
     )
     tree = realm.Daemon(
@@ -368,7 +368,9 @@ def test_two_answers_at_once_do_not_get_ahead_of_pam(twostep: realm.Daemon) -> N
     """The second is refused while the first is looked at, and is no answer to the next prompt."""
     with Raw.tls(twostep.tcp, next(_addresses)) as client:
         client.ask(AUTH, afid=1, uname="alice")
-        first, second = (client.post(APPEND, {"fid": 1, "data": realm.password("alice")}) for _ in range(2))
+        first, second = client.number(), client.number()
+        answers = [frame(APPEND, seq, {"fid": 1, "data": realm.password("alice")}) for seq in (first, second)]
+        client.send(b"".join(answers))  # in one piece: PAM may be done before the next one is written
         assert client.answer(second).kind == ERROR
         assert client.answer(first).data == ""
         assert client.ask(APPEND, fid=1, data="246810").data == ""

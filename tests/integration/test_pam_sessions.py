@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import realm
-from tests.integration.stage import dial, errno_of, eventually, program, workers
+from tests.integration.stage import WAIT_SECONDS, dial, errno_of, eventually, program, workers
 from tests.realm import processes
 from tests.realm.place import compile_module
 
@@ -74,9 +74,19 @@ def start(stage: Stage, make_daemon: Callable[..., realm.Daemon]) -> Callable[..
     return begin
 
 
-def keepers(daemon: realm.Daemon) -> list[processes.Process]:
-    """Forks of the daemon that have stayed."""
-    return [each for each in daemon.processes("child") if each.state != "Z"]
+def keepers(daemon: realm.Daemon, count: int) -> list[processes.Process]:
+    """Wait until this many forks of the daemon are left, which then are those that keep sessions.
+
+    Every other process of the daemon begins as a fork too, and a child that has failed takes a moment to end.
+    """
+    found: list[processes.Process] = []
+
+    def settled() -> bool:
+        found[:] = [each for each in daemon.processes("child") if each.state != "Z"]
+        return len(found) == count
+
+    assert eventually(settled), found
+    return found
 
 
 def limit(pid: int, name: str) -> tuple[str, str]:
@@ -92,10 +102,10 @@ def test_a_session_is_open_from_before_the_worker_until_after_it(stage: Stage, s
         assert connection.call("/id", b"") == b"alice\n"
         (opened,) = stage.recorded()
         assert opened[:6] == ["open_session", "alice", stage.service, "srpc", "127.0.0.1", "0"]
-        assert len(keepers(daemon)) == 1
-    assert eventually(lambda: stage.types() == ["open_session", "close_session"], 15)
+        keepers(daemon, 1)
+    assert eventually(lambda: stage.types() == ["open_session", "close_session"])
     assert stage.recorded()[1][:6] == ["close_session", "alice", stage.service, "srpc", "127.0.0.1", "0"]
-    assert eventually(lambda: not keepers(daemon), 15)
+    keepers(daemon, 0)
 
 
 def test_all_connections_of_a_user_share_a_worker_and_its_session(stage: Stage, start: Callable[..., realm.Daemon]) -> None:
@@ -104,8 +114,8 @@ def test_all_connections_of_a_user_share_a_worker_and_its_session(stage: Stage, 
         for connection in (one, two, other):
             connection.call("/id", b"")
         assert [line[1] for line in stage.recorded()] == ["alice", "bob"]
-        assert len(keepers(daemon)) == 2
-    assert eventually(lambda: sorted(stage.types()) == ["close_session"] * 2 + ["open_session"] * 2, 15)
+        keepers(daemon, 2)
+    assert eventually(lambda: sorted(stage.types()) == ["close_session"] * 2 + ["open_session"] * 2)
 
 
 def test_a_local_caller_comes_from_nowhere(stage: Stage, start: Callable[..., realm.Daemon]) -> None:
@@ -120,7 +130,7 @@ def test_where_no_session_is_asked_for_nobody_stays_behind(stage: Stage, start: 
     daemon = start()
     with dial(daemon, "alice") as connection:
         assert connection.call("/id", b"") == b"alice\n"
-        assert keepers(daemon) == []
+        keepers(daemon, 0)
 
 
 def test_limits_of_the_session_hold_for_worker_and_programs(stage: Stage, start: Callable[..., realm.Daemon]) -> None:
@@ -203,7 +213,8 @@ def test_a_module_that_refuses_is_named_and_the_worker_is_not_started(
     assert f"pam_exec({stage.service}:session)" in said
     assert str(stage.script) in said
     assert tried.read_text() == "\n"  # once
-    assert daemon.processes("worker") == keepers(daemon) == []
+    keepers(daemon, 0)
+    assert daemon.processes("worker") == []
 
 
 def test_what_was_opened_before_a_module_refused_is_not_left(stage: Stage, start: Callable[..., realm.Daemon]) -> None:
@@ -213,7 +224,7 @@ def test_what_was_opened_before_a_module_refused_is_not_left(stage: Stage, start
         dial(daemon, "alice").close()
     assert refused.value.errno == EACCES
     assert "open_session" in stage.types()
-    assert keepers(daemon) == []
+    keepers(daemon, 0)
 
 
 @pytest.mark.parametrize("line", ["session required pam_nonesuch.so", "@include nonesuch", "session include nonesuch"])
@@ -237,11 +248,10 @@ def test_a_module_that_asks_gets_no_answer(stage: Stage, start: Callable[..., re
         pytest.skip("needs a C compiler, for a PAM module that asks in a session")
     stage.write(f"session required {module} ask")
     daemon = start()
-    begun = time.monotonic()
     with pytest.raises(OSError, match=NO_SESSION) as refused:
         dial(daemon, "alice").close()
     assert refused.value.errno == EACCES
-    assert time.monotonic() - begun < 5
+    assert not daemon.events("process-kill"), "it ends by itself, and not when the time for its start is over"
     assert "pam_open_session" in daemon.wait_event("child-output", role="worker")["text"]
 
 
@@ -258,14 +268,14 @@ def test_what_a_module_holds_open_stays_with_the_keeper_and_nobody_else(
     program(daemon.tree / "fds", "#!/bin/sh\nexec ls -l /proc/self/fd/\n")
     with dial(daemon, "alice") as connection:
         assert b"held" not in connection.call("/fds", b"")
-        (keeper,) = keepers(daemon)
+        (keeper,) = keepers(daemon, 1)
         assert str(held) not in realm.fds(workers(daemon, "alice")[0].pid)
         assert str(held) not in realm.fds(daemon.pid)
         # Nothing that others wait for: no socket, and of pipes only the one that tells the monitor of its end.
         kinds = {each.partition(":")[0] for each in realm.fds(keeper.pid)}
         assert kinds == {"/dev/null", str(held), "anon_inode", "pipe"}
         assert len([each for each in realm.fds(keeper.pid) if each.startswith("pipe:")]) == 1
-    assert eventually(lambda: not keepers(daemon), 15)
+    keepers(daemon, 0)
 
 
 def test_what_modules_start_gets_nothing_of_the_daemons(stage: Stage, start: Callable[..., realm.Daemon]) -> None:
@@ -283,7 +293,7 @@ def test_the_session_is_closed_however_the_worker_ends(stage: Stage, start: Call
     daemon = start(worker_idle=60.0)
     with dial(daemon, "alice") as connection:
         connection.call("/id", b"")
-        worker, keeper = workers(daemon, "alice")[0], keepers(daemon)[0]
+        worker, keeper = workers(daemon, "alice")[0], keepers(daemon, 1)[0]
         assert os.getsid(keeper.pid) == keeper.pid != os.getsid(worker.pid)
         assert stage.types() == ["open_session"]
         if how == "killed":
@@ -312,10 +322,10 @@ for each in attempts:
     program(daemon.tree / "attack", code)
     with dial(daemon, "alice") as connection:
         connection.call("/id", b"")
-        pid = keepers(daemon)[0].pid
+        pid = keepers(daemon, 1)[0].pid
         assert connection.call("/attack", b"%d" % pid).split() == [b"no"] * 6
         assert processes.status(pid)["Uid"].split() == ["0"] * 4
-        assert processes.status(pid)["State"][0] == "S"
+        assert processes.status(pid)["State"][0] in "RS"
 
 
 def test_the_session_is_closed_though_the_monitor_is_killed(stage: Stage, start: Callable[..., realm.Daemon]) -> None:
@@ -345,12 +355,13 @@ def test_a_module_that_hangs_holds_up_its_user_alone_and_not_for_ever(
         begun = time.monotonic()
         with dial(daemon, "alice") as alice:
             with pytest.raises(OSError, match="in time") as refused:
-                dial(daemon, "bob", timeout=30).close()
+                dial(daemon, "bob", timeout=WAIT_SECONDS).close()
             assert refused.value.errno == ETIMEDOUT  # and not EAGAIN, at which a client would try again
-            assert 9 < time.monotonic() - begun < 14  # START_SECONDS
+            assert time.monotonic() - begun > 9  # START_SECONDS
             assert alice.call("/id", b"") == b"alice\n"
             assert daemon.wait_event("process-kill", role="worker", name="bob")["reason"] == "did not start in time"
-            assert eventually(lambda: daemon.processes("worker", "bob") == [] and len(keepers(daemon)) == 1)
+            assert eventually(lambda: daemon.processes("worker", "bob") == [])
+            keepers(daemon, 1)
     finally:
         pids = (stage.directory / "pids").read_text().split()
         for pid in pids:  # what a module started is the administrator's

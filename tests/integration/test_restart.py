@@ -25,6 +25,9 @@ pytestmark = pytest.mark.needs_root
 
 CALLS = 50
 
+LONG = 120.0
+"""Seconds to wait for calls when the daemon ends, in tests in which it is not to wait that long."""
+
 SERVICE = """
 import asyncio, sys
 from srpc_client import serve
@@ -79,32 +82,22 @@ def make(make_daemon: MakeDaemon, **limits: float) -> realm.Daemon:
     return daemon
 
 
-def sleepers(seconds: int) -> list[processes.Process]:
-    """The processes `sleep SECONDS`, wherever they belong."""
-    found = []
-    for name in os.listdir("/proc"):
-        process = processes.look(int(name)) if name.isdigit() else None
-        if process and str(seconds) in process.command[1:2] and "sleep" in process.command[0] and processes.alive(process):
-            found.append(process)
-    return found
-
-
 @contextmanager
 def swept(seconds: int) -> Iterator[None]:
     """Whatever a test finds, its sleepers are gone afterwards."""
     try:
         yield
     finally:
-        for each in sleepers(seconds):
+        for each in stage.sleepers(seconds):
             os.kill(each.pid, signal.SIGKILL)
-        assert processes.until(lambda: not sleepers(seconds))
+        assert processes.until(lambda: not stage.sleepers(seconds))
 
 
 async def dial(daemon: realm.Daemon, user: str = "alice") -> srpc_client.Connection:
     return await srpc_client.dial(daemon.address, pins=daemon.pin, user=user, password=realm.password(user))
 
 
-async def outcomes(calls: "Iterable[asyncio.Task[bytes]]", seconds: float = 15) -> "Counter[int]":
+async def outcomes(calls: "Iterable[asyncio.Task[bytes]]", seconds: float = stage.WAIT_SECONDS) -> "Counter[int]":
     """How the calls end, by errno (0: answered)."""
     async with asyncio.timeout(seconds):
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -123,15 +116,14 @@ def begin(
 
 
 async def test_calls_in_flight_are_finished_and_new_ones_refused(make_daemon: MakeDaemon) -> None:
-    daemon = make(make_daemon, drain=8)
+    daemon = make(make_daemon, drain=LONG)
     stage.program(daemon.tree / "tools/slow", "#!/bin/sh\nsleep 1\necho done\n")
     with stage.service(daemon, "/calc/slow", code=SERVICE):
         async with await dial(daemon) as alice, await dial(daemon) as idle:
             assert await alice.call("/calc/slow", b"0") == b"slept"
             calls = [*begin(alice, "/calc/slow", b"1.2"), *begin(alice, "/tools/slow", number=3)]
             await asyncio.sleep(0.2)
-            begun = time.monotonic()
-            stopping = asyncio.create_task(asyncio.to_thread(daemon.stop))
+            stopping = asyncio.create_task(asyncio.to_thread(daemon.stop, LONG / 2))
             await asyncio.to_thread(daemon.wait_event, "stop")
             await asyncio.sleep(0.1)
             assert await outcomes(begin(alice, "/calc/slow", b"0", 3)) == {ESHUTDOWN: 3}
@@ -140,9 +132,8 @@ async def test_calls_in_flight_are_finished_and_new_ones_refused(make_daemon: Ma
                 await dial(daemon)
             assert refused.value.errno in (ECONNREFUSED, ECONNRESET)
             assert await outcomes(calls) == {0: CALLS + 3}
-            await stopping
-            assert time.monotonic() - begun < 3.5, "it does not wait longer than for the last call"
-            await asyncio.wait_for(idle.wait_closed(), 1)
+            await stopping  # it does not wait longer than for the last call
+            await asyncio.wait_for(idle.wait_closed(), stage.WAIT_SECONDS)
 
 
 async def test_calls_that_take_too_long_get_an_error_in_time(make_daemon: MakeDaemon) -> None:
@@ -153,15 +144,14 @@ async def test_calls_that_take_too_long_get_an_error_in_time(make_daemon: MakeDa
     with swept(seconds), stage.service(daemon, "/calc/hold", code=SERVICE):
         async with await dial(daemon) as alice:
             calls = [*begin(alice, "/calc/hold"), *begin(alice, "/tools/nap", number=3), *begin(alice, "/tools/kept")]
-            while len(sleepers(seconds)) < 6:
+            while len(stage.sleepers(seconds)) < 6:
                 await asyncio.sleep(0.02)
             begun = time.monotonic()
             stopping = asyncio.create_task(asyncio.to_thread(daemon.stop))
             assert await outcomes(calls) == {ESHUTDOWN: len(calls)}
-            assert 0.8 < time.monotonic() - begun < 2.0
+            assert time.monotonic() - begun > 0.8
             await stopping
-            assert time.monotonic() - begun < 4
-            assert not sleepers(seconds)
+            assert not stage.sleepers(seconds)
 
 
 async def test_on_the_wire_each_call_has_exactly_one_error(make_daemon: MakeDaemon) -> None:
@@ -236,17 +226,15 @@ async def test_it_ends_though_something_hangs(make_daemon: MakeDaemon, what: str
         async with await dial(daemon) as alice:
             assert await alice.call("/calc/slow", b"0") == b"slept"
             calls = [*begin(alice, "/calc/slow", b"60"), *begin(alice, "/tools/nap", number=1)]
-            while len(sleepers(seconds)) < 2:
+            while len(stage.sleepers(seconds)) < 2:
                 await asyncio.sleep(0.02)
             stopped = HUNG[what](daemon, service)
             assert stopped
             for pid in stopped:
                 os.kill(pid, signal.SIGSTOP)
             try:
-                begun = time.monotonic()
                 await asyncio.to_thread(daemon.stop)
-                assert time.monotonic() - begun < 6
-                assert not sleepers(seconds), daemon.log_text()
+                assert not stage.sleepers(seconds), daemon.log_text()
                 assert set(await outcomes(calls)) <= {ESHUTDOWN, ECONNRESET}
             finally:
                 if what == "service":
@@ -254,16 +242,14 @@ async def test_it_ends_though_something_hangs(make_daemon: MakeDaemon, what: str
 
 
 async def test_nothing_holds_it_up_when_nothing_is_in_flight(make_daemon: MakeDaemon) -> None:
-    daemon = make(make_daemon, drain=10)
+    daemon = make(make_daemon, drain=LONG)
     with stage.service(daemon, "/calc/slow", code=SERVICE), ExitStack() as stack:
         stranger = stack.enter_context(socket.create_connection(daemon.tcp))
         stack.enter_context(Raw.tls(daemon.tcp))
         async with await dial(daemon) as alice:
             assert await alice.call("/calc/slow", b"0") == b"slept"
-            begun = time.monotonic()
-            await asyncio.to_thread(daemon.stop)
-            assert time.monotonic() - begun < 1.5
-            stranger.settimeout(1)
+            await asyncio.to_thread(daemon.stop, LONG / 2)
+            stranger.settimeout(stage.WAIT_SECONDS)
             assert stranger.recv(1) == b""
 
 
@@ -275,7 +261,7 @@ async def test_what_programs_left_in_the_background_ends_with_the_daemon(make_da
         async with await dial(daemon) as alice:
             assert await alice.call("/tools/leaves", b"") == b"done\n"
         await asyncio.to_thread(daemon.stop)
-        assert not sleepers(seconds)
+        assert not stage.sleepers(seconds)
 
 
 # --- killed --------------------------------------------------------------------------------------------------------------
@@ -289,16 +275,14 @@ async def test_a_killed_monitor_takes_everything_along_and_another_one_starts(ma
     with swept(seconds), stage.service(daemon, "/calc/hold", "/calc/echo", code=SERVICE) as service:
         async with await dial(daemon) as alice, await dial(daemon, "bob") as bob:
             calls = [*begin(alice, "/calc/hold"), *begin(alice, "/tools/nap", number=5), *begin(bob, "/tools/kept")]
-            while len(sleepers(seconds)) < 5:
+            while len(stage.sleepers(seconds)) < 5:
                 await asyncio.sleep(0.02)
             pin, address = daemon.pin, daemon.address
-            begun = time.monotonic()
             daemon.kill()  # and what is left of it would be told
-            assert time.monotonic() - begun < 2
             assert await outcomes(calls) == {ECONNRESET: len(calls)}
             assert alice.closed
             assert bob.closed
-            assert not sleepers(seconds)
+            assert not stage.sleepers(seconds)
             with pytest.raises(Unreachable):
                 await srpc_client.dial(address, pins=pin, user="alice", password=realm.password("alice"))
             assert daemon.local.exists()
@@ -318,7 +302,7 @@ async def test_what_programs_forked_ends_with_a_killed_monitor(make_daemon: Make
     with swept(seconds):
         async with await dial(daemon) as alice:
             calls = begin(alice, "/tools/forks", number=10)
-            while len(sleepers(seconds)) < 20:
+            while len(stage.sleepers(seconds)) < 20:
                 await asyncio.sleep(0.02)
             daemon.kill()
             assert await outcomes(calls) == {ECONNRESET: 10}
@@ -348,7 +332,7 @@ def _pipes(directory: Path) -> list[Path]:
     return list(directory.glob("*/*"))
 
 
-async def _later(condition: Callable[[], object], seconds: float = 5) -> None:
+async def _later(condition: Callable[[], object], seconds: float = stage.WAIT_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.02)
@@ -383,7 +367,7 @@ async def test_a_monitor_that_is_killed_while_sessions_begin(make_daemon: MakeDa
         dialling = [asyncio.create_task(dial(daemon, user)) for user in ("alice", "bob", "alice", "bob")]
         await asyncio.sleep(pause)
         daemon.kill()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(stage.WAIT_SECONDS):
             for each in await asyncio.gather(*dialling, return_exceptions=True):
                 assert isinstance(each, srpc_client.Connection | OSError), repr(each)
                 if isinstance(each, srpc_client.Connection):

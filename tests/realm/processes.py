@@ -1,13 +1,13 @@
 """Real processes as the realm's users, and what /proc says of processes."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tests.realm import accounts, place
@@ -20,18 +20,19 @@ LIVE = {"R", "S", "D", "T", "t", "I"}
 _started: list[subprocess.Popen[bytes]] = []
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Process:
     """A process as /proc shows it.
 
     role: monitor, gate, worker, authenticate, or other (a program). detail: the gate's kind, the worker's user, else the
-    command. start: tells it from a later one of the same pid.
+    command. start: tells it from a later one of the same pid. state: as it was when it was looked at; two looks at the same
+    process are equal whatever it did.
     """
 
     pid: int
     parent: int
     start: int
-    state: str
+    state: str = dataclasses.field(compare=False)
     role: str
     detail: str
     uid: int

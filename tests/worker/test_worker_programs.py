@@ -12,6 +12,7 @@ import pytest
 
 from srpcd import ipc
 from srpcd.wire.limits import PAYLOAD_MAX
+from tests.realm import processes
 
 if TYPE_CHECKING:
     from tests.worker.conftest import Bench, Gate
@@ -161,28 +162,15 @@ def test_the_deadline_kills_the_whole_group(start: "Callable[..., Bench]", progr
     assert not sleepers(os.getuid() or 65101)
 
 
-def sleeps(pid: str, uid: int) -> bool:
-    try:
-        facts = Path(f"/proc/{pid}/status").read_text().split("\n")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return facts[0].split()[1] == "sleep" and f"Uid:\t{uid}\t" in "\n".join(facts)
+def asleep(uid: int) -> list[processes.Process]:
+    """Sleeps of this run that run now as a user."""
+    found = [each for each in processes.descendants(os.getpid()) if each.uid == uid and processes.alive(each)]
+    return [each for each in found if processes.status(each.pid).get("Name") == "sleep"]
 
 
-def asleep(uid: int) -> list[str]:
-    """Sleeps of a user that run now."""
-    return [pid for pid in os.listdir("/proc") if pid.isdigit() and sleeps(pid, uid) and alive(int(pid))]
-
-
-def sleepers(uid: int) -> list[str]:
-    """Sleeps of a user that still run after a moment."""
-    found: list[str] = []
-    for _ in range(100):
-        found = asleep(uid)
-        if not found:
-            break
-        time.sleep(0.01)
-    return found
+def sleepers(uid: int) -> list[processes.Process]:
+    """Sleeps of a user that do not end."""
+    return [] if processes.until(lambda: not asleep(uid), 60) else asleep(uid)
 
 
 def test_a_flush_kills_the_program(gate: "Gate", program: Program) -> None:
@@ -222,10 +210,7 @@ def test_what_a_program_forked_ends_with_the_worker_though_no_monitor_is_there(
 ) -> None:
     program("slow", "#!/bin/sh\ntrap '' HUP INT TERM PIPE IO\nsleep 63 &\nsleep 63\n")
     gate.start("slow")
-    end = time.monotonic() + 5
-    while len(asleep(os.getuid() or 65101)) < 2 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert len(asleep(os.getuid() or 65101)) == 2
+    assert processes.until(lambda: len(asleep(os.getuid() or 65101)) == 2, 60)
     bench.process.kill()
     bench.process.wait(2)
     assert not sleepers(os.getuid() or 65101)
