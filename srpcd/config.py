@@ -55,8 +55,10 @@ class Authentication(Section, frozen=True):
 
     allow: accounts that are let in though they are system accounts (uid below `uid_min`) or have no valid shell.
     afid_age: seconds an accepted afid is good for new attaches. session_age: seconds a session lives at most.
-    refresh: seconds between two looks at the groups of users with sessions. refusal: a refusal is answered this many
-    seconds (or a multiple) after the answer that it refuses.
+    refresh: seconds between two looks at the accounts of users with afids and sessions. refusal: a refusal is answered this
+    many seconds (or a multiple) after the answer that it refuses. peer_groups: which groups the mechanism `peer` gives:
+    "process", those of the account that the connecting process has too; "account", all of the account's. peer_names:
+    accounts that a process may name by `peer` though another account comes first for their uid.
     """
 
     pam_service: str = "srpcd"
@@ -67,6 +69,8 @@ class Authentication(Section, frozen=True):
     session_age: Seconds = 86400.0
     refresh: Interval = 120.0
     refusal: Seconds = 2.0
+    peer_groups: Annotated[str, msgspec.Meta(pattern="^(process|account)$")] = "process"
+    peer_names: list[str] = []
 
 
 class Limits(Section, frozen=True):

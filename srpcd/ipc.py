@@ -502,11 +502,13 @@ class AuthSetup(Message):
 
 class Outcome(Message):
     """How it ended. errno 0: accepted. reason: for the log, never for the client. answered: CLOCK_MONOTONIC in ns of the
-    last answer that came, 0 if none."""
+    last answer that came, 0 if none. uid: the account's, from before the first step of PAM until after the last; 0 if PAM
+    has refused."""
 
     errno: int
     reason: str
     answered: int
+    uid: int
 
 
 # authentication child ► gate, gate ► authentication child

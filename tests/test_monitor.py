@@ -17,6 +17,7 @@ from srpcd import ipc
 from srpcd.log import Log
 from srpcd.monitor import accounts, children, launch
 from srpcd.monitor import monitor as module
+from srpcd.monitor.credentials import Credentials
 from srpcd.monitor.endpoints import Endpoints
 from srpcd.monitor.forked import Turns
 from srpcd.monitor.lines import Endpoint
@@ -60,7 +61,7 @@ async def test_a_worker_for_whom_somebody_waits_is_not_idle() -> None:
     """It may be there, and the attach that it was started for not yet, when its idle time is over."""
     retired: list[object] = []
     limits = SimpleNamespace(limits=SimpleNamespace(worker_idle=-0.09))
-    monitor: Any = SimpleNamespace(config=limits, _retire=retired.append)
+    monitor: Any = SimpleNamespace(config=limits, retire=retired.append)
     monitor._idle = lambda worker: Monitor._idle(monitor, worker)
     worker: Any = SimpleNamespace(state=State.SERVING, connections=set(), wanted=1, idle=None)
     monitor._idle(worker)
@@ -77,7 +78,7 @@ async def test_a_session_that_ends_while_it_gets_another_worker_is_over() -> Non
     gate = Mock(send=sent.append)
     old: Any = SimpleNamespace(gates={}, kill=None)
     connection: Any = Mock(gate=gate, number=1, over=False, pending=0, sessions={})
-    connection.sessions[7] = children.Session("alice", old, time.monotonic() + 60)
+    connection.sessions[7] = children.Session(Credentials("alice", 20_000, None), old, time.monotonic() + 60)
     monitor: Any = SimpleNamespace(told=lambda *_, **__: None, _end_session=lambda *_: None, _link=lambda *_: None)
     monitor.run = lambda _connection, work: tasks.append(asyncio.create_task(work))
     tasks: list[asyncio.Task[None]] = []
@@ -87,7 +88,7 @@ async def test_a_session_that_ends_while_it_gets_another_worker_is_over() -> Non
         return SimpleNamespace(connections=set())
 
     monitor._worker = worker
-    Monitor._grant(monitor, connection, 2, "alice", "", (7, connection.sessions[7].expires, 3))
+    Monitor._grant(monitor, connection, 2, connection.sessions[7].credentials, "", (7, connection.sessions[7].expires, 3))
     await asyncio.gather(*tasks)
     assert sent == [ipc.Refused(1, 2, EKEYEXPIRED, "")]
     assert connection.sessions == {}

@@ -14,12 +14,17 @@ SECONDS = 10.0
 
 
 class Account(NamedTuple):
-    """login: whether the shell is one of /etc/shells. unmapped: why there is no SELinux context to run in; else empty."""
+    """login: whether the shell is one of /etc/shells. unmapped: why there is no SELinux context to run in; else empty.
+
+    first_of_uid: whether a look-up of the uid gives this name: several accounts may have one uid, and the kernel knows no
+    names.
+    """
 
     name: str
     identity: Identity
     login: bool
     unmapped: str
+    first_of_uid: bool
 
 
 class _Found(ipc.Message):
@@ -30,6 +35,7 @@ class _Found(ipc.Message):
     context: str
     login: bool
     unmapped: str
+    first_of_uid: bool
 
 
 async def look_up(name: str, daemon: str) -> Account | None:
@@ -46,14 +52,15 @@ async def look_up(name: str, daemon: str) -> Account | None:
     found = ipc.Message.unpack(data)
     if not isinstance(found, _Found) or not found.name:
         return None
-    return Account(found.name, Identity(found.uid, found.gid, found.groups, found.context), found.login, found.unmapped)
+    identity = Identity(found.uid, found.gid, found.groups, found.context)
+    return Account(found.name, identity, found.login, found.unmapped, found.first_of_uid)
 
 
 def _answer(name: str, daemon: str) -> _Found:
     try:
         entry = pwd.getpwnam(name)
     except (KeyError, ValueError):  # ValueError: a NUL in it
-        return _Found("", 0, 0, (), "", False, "")
+        return _Found("", 0, 0, (), "", False, "", False)
     groups = tuple(sorted(set(os.getgrouplist(entry.pw_name, entry.pw_gid))))
     context, unmapped = "", ""
     if daemon:
@@ -61,7 +68,15 @@ def _answer(name: str, daemon: str) -> _Found:
             context = contexts.worker_context(entry.pw_name, daemon)
         except contexts.Unmapped as fault:
             unmapped = str(fault)
-    return _Found(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, context, _may_log_in(entry.pw_shell), unmapped)
+    login, first = _may_log_in(entry.pw_shell), _first_name(entry.pw_uid) == entry.pw_name
+    return _Found(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, context, login, unmapped, first)
+
+
+def _first_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return ""
 
 
 def _may_log_in(shell: str) -> bool:

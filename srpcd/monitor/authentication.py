@@ -15,6 +15,7 @@ from srpcd import ipc
 from srpcd.config import Authentication as Settings
 from srpcd.monitor.accounts import Account
 from srpcd.monitor.children import Child
+from srpcd.monitor.credentials import Credentials
 from srpcd.monitor.forked import Turns
 
 FREE_FAILURES, LONGEST_WAIT, REMEMBERED = 3, 30.0, 4096
@@ -23,12 +24,16 @@ OVERFLOW_UID = 65534
 
 
 class Afid:
-    """uname, aname: what was asked for. expires: monotonic seconds until which it can be attached with; 0: not accepted."""
+    """uname, aname: what was asked for. proved: what the authentication has proved; None: it has not.
+
+    expires: monotonic seconds until which it can be attached with; 0: it is not accepted, or was revoked.
+    """
 
     def __init__(self, uname: str, aname: str) -> None:
         self.uname = uname
         self.aname = aname
         self.expires = 0.0
+        self.proved: Credentials | None = None
         self.task: asyncio.Task[None] | None = None
 
     def allows(self, uname: str, aname: str) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from srpcd import ipc
 from srpcd.log import Log
+from srpcd.monitor.credentials import Credentials
 from srpcd.monitor.forked import collect
 from srpcd.monitor.launch import Identity, Spawned
 from srpcd.monitor.requests import State, Violation
@@ -218,8 +219,8 @@ class Worker(Child):
 
 
 class Session(NamedTuple):
-    """Somebody attached. expires: monotonic seconds."""
+    """One attach. credentials: those of its afid. expires: monotonic seconds."""
 
-    user: str
+    credentials: Credentials
     worker: Worker
     expires: float

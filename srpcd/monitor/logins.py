@@ -11,6 +11,7 @@ from srpcd import ipc, selinux
 from srpcd.monitor import accounts, authentication
 from srpcd.monitor.authentication import Afid, PamChild
 from srpcd.monitor.connections import Connection
+from srpcd.monitor.credentials import Credentials, worker_identity
 from srpcd.monitor.faults import Denied
 from srpcd.monitor.forked import Turns
 from srpcd.monitor.launch import Drop
@@ -45,20 +46,23 @@ class Logins:
 
     async def _authenticate(self, connection: Connection, afid: Afid, message: ipc.Authenticate) -> None:
         user, by_password = afid.uname, message.mechanism == "pam"
+        process = None if by_password else connection.identity
         errno, told, reason, answered = EACCES, authentication.REFUSED, "abandoned", 0
         try:
-            if not by_password and connection.identity is None:
+            if not by_password and process is None:
                 raise Denied(EOPNOTSUPP, "the mechanism peer is for the local socket")
             async with self._failures.attempt((user, connection.origin)) as attempt:
                 attempt.begun = True
                 connection.failures += 1
-                if not by_password:  # who it is not can be told without PAM
-                    reason = self.policy(await self.look_up(user, connection), connection, message.mechanism)
+                if process is not None:  # who it is not can be told without PAM
+                    afid.proved = Credentials(user, process.uid, process)
+                    reason = await self._refusal(connection, afid.proved)
                 if by_password or not reason:
                     outcome = await self._converse(connection, message)
                     reason, answered = outcome.reason, outcome.answered
                     if not outcome.errno:
-                        reason = self.policy(await self.look_up(user, connection), connection, message.mechanism)
+                        afid.proved = afid.proved or Credentials(user, outcome.uid, None)
+                        reason = await self._refusal(connection, afid.proved)
                 if not reason:
                     attempt.accepted = True
                     errno, told = 0, ""
@@ -93,16 +97,38 @@ class Logins:
         except OSError as fault:
             raise Denied(EAGAIN, f"no look-up of accounts at the moment: {fault.strerror or fault}") from None
 
-    def policy(self, account: accounts.Account | None, connection: Connection, mechanism: str) -> str:
-        settings = self._monitor.config.authentication
-        reason = authentication.policy(account, settings, self._monitor.daemon_uids, connection.identity is None)
-        if account is None or reason:
-            return reason or "no such account"
-        if mechanism == "peer" and (connection.identity is None or account.identity.uid != connection.identity.uid):
-            return "the kernel says that somebody else is there"
-        if self._monitor.personal and account.identity.uid != self._monitor.own.uid:
-            return "this daemon serves the user who started it, and nobody else"
+    async def _refusal(self, connection: Connection, credentials: Credentials) -> str:
+        """Why the credentials are refused; empty if they are not. Raises Denied, EAGAIN."""
+        account = await self.look_up(credentials.user, connection)
+        try:
+            self.admit(account, connection, credentials)
+        except Denied as denied:
+            return denied.message
         return ""
+
+    def admit(self, account: accounts.Account | None, connection: Connection, credentials: Credentials) -> accounts.Account:
+        """Return the account with the identity that a worker for these credentials has.
+
+        Args:
+            account: what a look-up of `credentials.user` has just found.
+
+        Raises:
+            Denied: EACCES, where the account may not be used, or is not the one that was proved.
+        """
+        monitor = self._monitor
+        settings = monitor.config.authentication
+        reason = authentication.policy(account, settings, monitor.daemon_uids, connection.identity is None)
+        if account is None or reason:
+            raise Denied(EACCES, reason)
+        if not monitor.personal:
+            return account._replace(identity=worker_identity(account, credentials, settings))
+        if account.identity.uid != monitor.own.uid:
+            raise Denied(EACCES, "this daemon serves the user who started it, and nobody else")
+        # A personal daemon can start no worker with other ids than its own, whatever groups the account has by now.
+        account = account._replace(identity=monitor.own)
+        if worker_identity(account, credentials, settings) != monitor.own:
+            raise Denied(EACCES, "the process lacks groups that this daemon has, and would get them from its worker")
+        return account
 
     async def _converse(self, connection: Connection, message: ipc.Authenticate) -> ipc.Outcome:
         """Let a child authenticate. Raises Denied: EAGAIN, ETIMEDOUT."""
@@ -116,7 +142,7 @@ class Logins:
                 child = self._monitor.start(PamChild, message.uname, drop)
                 self._introduce(connection, message, child)
                 await asyncio.shield(child.gone)
-                return child.result or ipc.Outcome(EACCES, "the authentication child died", 0)
+                return child.result or ipc.Outcome(EACCES, "the authentication child died", 0, 0)
         except TimeoutError:
             errno = ETIMEDOUT if child else EAGAIN
             raise Denied(errno, "authentication was not finished in time, or too many are under way") from None

@@ -24,6 +24,7 @@ from srpcd.monitor import accounts, launch, pamsession
 from srpcd.monitor.cgroups import Groups
 from srpcd.monitor.children import Child, Gate, Session, Worker
 from srpcd.monitor.connections import Connection, HangUps
+from srpcd.monitor.credentials import Credentials
 from srpcd.monitor.endpoints import Endpoints
 from srpcd.monitor.faults import Denied, StartFault
 from srpcd.monitor.forked import collect, in_child, sweep_sessions
@@ -148,6 +149,11 @@ class Monitor:
             raise Violation(f"connection {number} was never handed out to it")
         return gate.connections.get(number)
 
+    def connections(self) -> list[Connection]:
+        """Return all connections of all gates."""
+        gates = [child for child in self.children if isinstance(child, Gate)]
+        return [connection for gate in gates for connection in gate.connections.values()]
+
     def run(self, whose: Connection | Worker, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Do something that takes time, on behalf of a connection or worker and not longer than it."""
         task = asyncio.get_running_loop().create_task(work)
@@ -201,21 +207,21 @@ class Monitor:
         if session and connection.quota.take():
             self.log.event(
                 "info", "refused", operation=message.operation, conn=connection.number, peer=connection.peer,
-                user=session.user, endpoint="/" + message.path, errno=message.errno,
+                user=session.credentials.user, endpoint="/" + message.path, errno=message.errno,
             )  # fmt: skip
 
     # --- sessions and workers ------------------------------------------------------------------------------------------
 
     def attach(self, connection: Connection, message: ipc.Attach) -> None:
         afid, aname = connection.afids.get(message.afid), plain_path(message.aname)
-        if afid is None or not afid.allows(message.uname, aname):
+        if afid is None or afid.proved is None or not afid.allows(message.uname, aname):
             text = "the afid is not accepted, too old, or not for this user and this part of the tree"
             connection.gate.send(ipc.Refused(message.conn, message.request, EACCES, text))
         elif len(connection.sessions) >= wire.SESSIONS_MAX:
             connection.gate.send(ipc.Refused(message.conn, message.request, EAGAIN, "too many sessions on one connection"))
         else:
             expires = time.monotonic() + self.config.authentication.session_age
-            self._grant(connection, message.request, afid.uname, aname, (next(self.numbers), expires, 0))
+            self._grant(connection, message.request, afid.proved, aname, (next(self.numbers), expires, 0))
 
     def resume(self, connection: Connection, message: ipc.Resume) -> None:
         session = connection.sessions.get(message.session)
@@ -223,36 +229,42 @@ class Monitor:
             connection.gate.send(ipc.Refused(message.conn, message.request, EKEYEXPIRED, ""))
         else:
             ticket = (message.session, session.expires, message.link)
-            self._grant(connection, message.request, session.user, "", ticket)
+            self._grant(connection, message.request, session.credentials, "", ticket)
 
     def detach(self, connection: Connection, message: ipc.Detach) -> None:
         self._end_session(connection, message.session)
 
-    def _grant(self, connection: Connection, request: int, user: str, aname: str, ticket: tuple[int, float, int]) -> None:
+    def _grant(
+        self, connection: Connection, request: int, credentials: Credentials, aname: str, ticket: tuple[int, float, int]
+    ) -> None:
         """Answer an attach or resume. ticket: the session's number, when it expires, the link that the gate has lost."""
         number, expires, lost = ticket
 
         async def grant() -> None:
             gate, errno, text = connection.gate, 0, ""
+            old = connection.sessions.get(number)
             try:
-                old = connection.sessions.get(number)
                 if old is not None and old.worker.gates.get(gate) == lost:
                     old.worker.kill("a gate has given it up")  # it lives, but does not answer
-                worker = await self._worker(connection, user)
+                worker = await self._worker(connection, credentials)
                 if connection.over:
                     return
                 if old is not None and number not in connection.sessions:  # it has ended meanwhile, and stays so
                     raise Denied(EKEYEXPIRED)
                 self._end_session(connection, number)  # of a resume: it may have been another worker's
-                connection.sessions[number] = Session(user, worker, expires)
+                connection.sessions[number] = Session(credentials, worker, expires)
                 worker.connections.add(connection)
                 self._link(gate, worker, connection.number, request, number)
             except Denied as denied:
                 errno, text = denied.errno, denied.message
+                if old is not None and errno == EACCES:  # no worker will ever be granted to this session again
+                    errno = EKEYEXPIRED
                 gate.send(ipc.Refused(connection.number, request, errno, text))
+                if errno == EKEYEXPIRED and number in connection.sessions:
+                    self.session_over(connection, number)
             finally:
                 connection.pending -= 1
-            self.told("attach", connection, errno, user=user, aname="/" + aname, reason=text or None)
+            self.told("attach", connection, errno, user=credentials.user, aname="/" + aname, reason=text or None)
 
         if connection.pending >= wire.DECIDING_MAX:
             connection.gate.send(ipc.Refused(connection.number, request, EAGAIN, "too many requests at once"))
@@ -273,14 +285,14 @@ class Monitor:
         if not worker.connections:
             self._idle(worker)
 
-    async def _worker(self, connection: Connection, user: str) -> Worker:
-        """The worker of a user as he is now, started if there is none. Raises Denied."""
-        account = await self.logins.look_up(user, connection)
-        reason = self.logins.policy(account, connection, "")
-        if account is None or reason:
-            raise Denied(EACCES, reason)
-        if self.personal:  # what the process has may be more or less than what the account would get today
-            account = account._replace(identity=self.own)
+    def session_over(self, connection: Connection, number: int) -> None:
+        """End a session before its client does, and tell the gate."""
+        connection.gate.send(ipc.SessionOver(connection.number, number))
+        self._end_session(connection, number)
+
+    async def _worker(self, connection: Connection, credentials: Credentials) -> Worker:
+        """Return the worker for these credentials, by the account as it is now. Start it if there is none. Raises Denied."""
+        account = self.logins.admit(await self.logins.look_up(credentials.user, connection), connection, credentials)
         for _ in range(2):  # the first may be about to end, idle
             worker = self.workers.get((account.identity, account.name))
             if worker is None or worker.state is State.DONE:
@@ -303,6 +315,13 @@ class Monitor:
         limits, paths = self.config.limits, self.config.paths
         if len(self.all_workers()) >= limits.workers:
             raise Denied(EAGAIN, "the daemon has as many workers as it may have")
+        others = [each for each in self.workers.values() if each.identity.uid == account.identity.uid]
+        if len(others) >= wire.WORKERS_PER_UID_MAX:
+            unused = next((each for each in others if not each.connections and not each.wanted), None)
+            if unused is None:
+                raise Denied(EAGAIN, "the user has as many workers, with different groups, as one uid may have")
+            self.retire(unused)
+            unused.kill("")  # its user could stop it, and so keep any number of them for START_SECONDS
         group, service = "", self.config.authentication.pam_service
         try:
             # If its service asks for any; a user's own daemon has nothing to open one with.
@@ -349,13 +368,13 @@ class Monitor:
             if worker.wanted:
                 self._idle(worker)
             elif not worker.connections and worker.state is not State.DONE:
-                self._retire(worker)
+                self.retire(worker)
 
         if worker.idle is not None:
             worker.idle.cancel()
         worker.idle = asyncio.get_running_loop().call_later(self.config.limits.worker_idle + 0.1, look)
 
-    def _retire(self, worker: Worker) -> None:
+    def retire(self, worker: Worker) -> None:
         """Let a worker end that nobody uses, or that is no longer what its user is."""
         if self.workers.get((worker.identity, worker.user)) is worker:
             del self.workers[worker.identity, worker.user]
@@ -385,26 +404,13 @@ class Monitor:
 
     # --- what is looked at from time to time ---------------------------------------------------------------------------
 
-    async def refresh(self) -> None:
-        """Look afresh at who the users with workers are; a worker that is not what its user is now ends."""
-        for worker in self.all_workers() if not self.personal else ():
-            with suppress(OSError):  # a directory service that does not answer says nothing about anybody
-                account = await accounts.look_up(worker.user, self.own.context)
-                if account is None or account.identity != worker.identity:
-                    self._expire(worker, float("inf"))
-                    self._retire(worker)
-
     def expire(self) -> None:
         """End sessions that are too old."""
-        for worker in self.all_workers():
-            self._expire(worker, time.monotonic())
-
-    def _expire(self, worker: Worker, now: float) -> None:
-        for connection in list(worker.connections):
+        now = time.monotonic()
+        for connection in self.connections():
             for number, session in list(connection.sessions.items()):
-                if session.worker is worker and session.expires < now:
-                    connection.gate.send(ipc.SessionOver(connection.number, number))
-                    self._end_session(connection, number)
+                if session.expires < now:
+                    self.session_over(connection, number)
 
     async def stop(self) -> None:
         """End all children that are left, and remove everything that was made."""

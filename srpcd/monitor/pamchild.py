@@ -12,6 +12,7 @@ no fail delay, so the conversation is made here.
 import ctypes
 import ctypes.util
 import os
+import pwd
 import signal
 import sys
 import time
@@ -71,8 +72,9 @@ class Conversation:
         return message.answer
 
 
-def authenticate(setup: ipc.AuthSetup, conversation: Conversation) -> None:
-    """Run the PAM stacks. Raises Refused for anything but success in all of them."""
+def authenticate(setup: ipc.AuthSetup, conversation: Conversation) -> int:
+    """Run the PAM stacks. Returns the uid of the account. Raises Refused for anything but success in all of them."""
+    before = _uid(setup.uname)
     ctypes.CDLL("libpam.so.0", ctypes.RTLD_GLOBAL)  # modules that are not linked against libpam look for it there
     # python-pam asks for the libraries' names; find_library would run ldconfig, or a compiler, as root to find them out.
     names = {"pam": "libpam.so.0", "pam_misc": "libpam_misc.so.0"}
@@ -123,6 +125,17 @@ def authenticate(setup: ipc.AuthSetup, conversation: Conversation) -> None:
     if found.value != user:
         raise Refused("a module has changed the user name")
     library.pam_end(handle, 0)
+    # A conversation can be held up between its steps, until the name belongs to another account.
+    if before is None or _uid(setup.uname) != before:
+        raise Refused("no such account, or it has changed meanwhile")
+    return before
+
+
+def _uid(name: str) -> int | None:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
 
 
 def main() -> None:
@@ -144,10 +157,10 @@ def main() -> None:
     try:
         if not setup.uname or "\0" in setup.uname:
             raise Refused("an empty user name, or one with a NUL")
-        authenticate(setup, conversation)
-        outcome = ipc.Outcome(0, "", conversation.answered)
+        uid = authenticate(setup, conversation)
+        outcome = ipc.Outcome(0, "", conversation.answered, uid)
     except Refused as refusal:
-        outcome = ipc.Outcome(EACCES, str(refusal)[:500], conversation.answered)
+        outcome = ipc.Outcome(EACCES, str(refusal)[:500], conversation.answered, 0)
     ipc.write_packet(MONITOR, outcome)
 
 

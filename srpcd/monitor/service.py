@@ -13,6 +13,7 @@ from srpcd.monitor.faults import StartFault
 from srpcd.monitor.front import Front, Terms
 from srpcd.monitor.listeners import address_of
 from srpcd.monitor.monitor import START_SECONDS, Monitor
+from srpcd.monitor.refresh import refresh
 from srpcd.monitor.systemd import Manager
 
 _LOOK = 1.0
@@ -109,7 +110,7 @@ class Service:
     async def _refresh(self) -> None:
         while True:
             await asyncio.sleep(self._monitor.config.authentication.refresh)
-            await self._monitor.refresh()
+            await refresh(self._monitor)
 
     # --- SIGHUP --------------------------------------------------------------------------------------------------------
 

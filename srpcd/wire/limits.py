@@ -97,6 +97,10 @@ DECIDING_MAX = 16
 SESSIONS_MAX = 1024
 """Sessions of one connection, which end with their last fid: what the monitor remembers of one connection."""
 
+WORKERS_PER_UID_MAX = 8
+"""Workers of one uid at a time. A process can choose among 2^n sets of its groups, and each set gets a worker of its own;
+honest processes of one user have two or three. Each worker may have a line to each service."""
+
 # --- one worker --------------------------------------------------------------------------------------------------------
 
 PROBING_MAX = 64

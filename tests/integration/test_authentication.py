@@ -46,7 +46,7 @@ ID = "#!/bin/sh\nexec id -un\n"
 @pytest.fixture(scope="module")
 def daemon(private_realm: realm.Place) -> Iterator[realm.Daemon]:
     """One with the usual PAM service, where nobody is let in by name. It looks for changed groups all the time."""
-    tree = realm.Daemon({"authentication": {"refusal": REFUSAL, "refresh": 0.2}})
+    tree = realm.Daemon({"authentication": {"refusal": REFUSAL, "refresh": 0.2, "peer_names": ["bobby"]}})
     realm.install(tree.tree / "tools/id", ID, 0o755)
     realm.install(tree.tree / "calc/id", ID, 0o750, gid=realm.group("calc"))
     realm.install(tree.tree / "calc/sub/id", ID, 0o755)

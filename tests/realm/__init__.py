@@ -15,7 +15,19 @@ As an ordinary user there is no such place: `enter` then makes a temporary direc
         realm.run_as("alice", ["/bin/ls", "-l", str(daemon.tree)])
 """
 
-from tests.realm.accounts import PEOPLE, Account, account, add, change, group, password
+from tests.realm.accounts import (
+    PEOPLE,
+    Account,
+    account,
+    add,
+    add_group,
+    change,
+    group,
+    password,
+    remove,
+    remove_group,
+    share,
+)
 from tests.realm.acl import grant, strip
 from tests.realm.daemon import Daemon, DaemonFault
 from tests.realm.place import PYTHON, Place, enter, install, missing
@@ -32,6 +44,7 @@ __all__ = [
     "Process",
     "account",
     "add",
+    "add_group",
     "alive",
     "change",
     "descendants",
@@ -45,7 +58,10 @@ __all__ = [
     "password",
     "popen_as",
     "python",
+    "remove",
+    "remove_group",
     "run_as",
+    "share",
     "status",
     "strip",
     "until",

@@ -104,6 +104,32 @@ def add(people: Iterable[Account]) -> None:
     _write()
 
 
+def remove(name: str) -> Account:
+    """Delete an account, from now on and for all look-ups. `add` with the returned record makes it again."""
+    removed = _accounts.pop(name)
+    _write()
+    return removed
+
+
+def share(name: str, other: Account) -> None:
+    """Add an account behind the others, with the uid and primary group of another one."""
+    _accounts[name] = dataclasses.replace(other, name=name, own_group=False)
+    _hashes[name] = _hash(password(name))
+    _write()
+
+
+def add_group(name: str) -> None:
+    """Add a group, as those of GROUPS."""
+    _groups[name] = next(_free(_taken(), system=False))
+    _write()
+
+
+def remove_group(name: str) -> None:
+    """Delete a group that `add_group` has made."""
+    del _groups[name]
+    _write()
+
+
 def _number(people: Iterable[Account]) -> None:
     """Choose numbers and make password hashes."""
     taken = _taken()
@@ -140,7 +166,7 @@ def _write() -> None:
         return [line for line in _originals[file] if line.split(":", 1)[0] not in names]
 
     passwd, shadow, group = kept("passwd", own), kept("shadow", own | {"root", "nobody"}), []
-    for line in kept("group", own | set(GROUPS)):
+    for line in kept("group", own | set(_groups)):
         head, _, members = line.rpartition(":")
         group.append(f"{head}:{','.join(each for each in members.split(',') if each not in own)}")
     for name in ("root", "nobody"):
