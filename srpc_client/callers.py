@@ -7,9 +7,10 @@ from typing import Generic, TypeVar
 from srpc_client.handling import Caller
 
 LINES_PER_CALLER = 8
-"""Lines of one caller to one endpoint. His worker has one; another one may be about to end, or serve older sessions while
+"""Lines of one caller to one endpoint. Its worker has one; another worker may be about to end, or serve older sessions while
 the daemon has read another configuration. More are open only where a worker that was taken over keeps those open that it
-says are gone: then they would use up this process's descriptors, and nobody else could call."""
+says are gone: then they would use up this process's descriptors, and no other caller could call. A caller is a user with
+one set of groups."""
 
 L = TypeVar("L")
 
@@ -22,7 +23,7 @@ class Callers(Generic[L]):
     def __init__(self, path: str, close: Callable[[L], None]) -> None:
         self._path = path
         self._close = close
-        self._lines: dict[tuple[int, str, str | None], list[L]] = {}
+        self._lines: dict[tuple[object, ...], list[L]] = {}
 
     def came(self, caller: Caller, line: L) -> None:
         """A line has said who calls. Where that is one too many, the caller's oldest is closed."""
@@ -40,5 +41,6 @@ class Callers(Generic[L]):
                 del self._lines[_key(caller)]
 
 
-def _key(caller: Caller) -> tuple[int, str, str | None]:
-    return caller.uid, caller.user, caller.context
+def _key(caller: Caller) -> tuple[object, ...]:
+    # A user's processes may have fewer groups than its account. Those can't have the lines of the others closed.
+    return caller.uid, caller.user, caller.context, caller.gid, tuple(caller.groups or ())

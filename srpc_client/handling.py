@@ -34,7 +34,8 @@ _REPLY = Struct("!iQQI")  # header and head of a reply in one: type, seq, length
 class Caller:
     """On whose behalf all requests of a line are: said by the kernel and the daemon, not by the caller.
 
-    uid, gid: of the account. groups: supplementary ones, None where there are too many to tell. user: the account's name.
+    uid, gid, groups: of the worker that calls. groups: None where there are too many to tell. A process that calls through
+    the local socket may have fewer groups than its account. user: the account's name.
     context: the SELinux context, None where there is none. endpoint: path in the tree of what is called.
     """
 

@@ -15,7 +15,7 @@ never a secret: this module knows neither, and nobody hands it any. The text for
 | connection     | one was accepted, or is over (debug)            | state, conn, gate, peer                            |
 | authentication | one has ended (errno and reason: why refused)   | outcome, conn, peer, user, mechanism, aname, errno |
 | attach         | a session begins, or was not granted            | outcome, conn, peer, user, aname, errno, reason    |
-| revoked        | an afid or session ends: its account changed    | what, conn, peer, user, reason                     |
+| revoked        | an afid or session ended: its account changed   | what, conn, peer, user, reason                     |
 | announce       | an endpoint is served from now on, or is not    | outcome, conn, uid, endpoint, errno, reason        |
 | withdraw       | an announcement has ended                       | conn, peer, endpoint                               |
 | refused        | the kernel or a rule refused walk, stat or call | operation, conn, peer, user, endpoint, errno       |

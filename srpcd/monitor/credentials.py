@@ -16,6 +16,9 @@ from srpcd.monitor.accounts import Account
 from srpcd.monitor.faults import Denied
 from srpcd.monitor.launch import Identity
 
+LACKS_GROUPS = "the process lacks groups that this daemon has, and would get them from it"
+"""Why a personal daemon, all of whose children have its own ids, refuses a process of its user."""
+
 
 class Credentials(NamedTuple):
     """What was proved of the user of an afid and of its sessions.
@@ -53,6 +56,11 @@ def worker_identity(account: Account, credentials: Credentials, settings: Settin
         return identity._replace(gid=process.gid, groups=groups)
     text = f"the process has neither the account's primary group {identity.gid} nor another of its groups as effective gid"
     raise Denied(EACCES, text)
+
+
+def has_groups(process: Identity, other: Identity, settings: Settings) -> bool:
+    """Whether a process has all groups of another identity, where that is asked for."""
+    return settings.peer_groups == "account" or {other.gid, *other.groups} <= set(process.groups)
 
 
 def covers(account: Account | None, identity: Identity) -> bool:

@@ -13,6 +13,7 @@ from srpcd import ipc, selinux
 from srpcd.monitor import authentication
 from srpcd.monitor.children import Quota, Worker
 from srpcd.monitor.connections import Connection
+from srpcd.monitor.credentials import LACKS_GROUPS, has_groups
 from srpcd.monitor.faults import Denied
 from srpcd.monitor.forked import Turns
 from srpcd.monitor.launch import Identity
@@ -70,6 +71,9 @@ class Endpoints:
         try:
             if identity.uid in self._monitor.daemon_uids | {0, authentication.OVERFLOW_UID}:
                 raise Denied(EPERM, "a service needs an account of its own: root and the daemon's accounts can't announce")
+            own, settings = self._monitor.own, self._monitor.config.authentication
+            if self._monitor.personal and not has_groups(identity, own, settings):  # its probe would prove the daemon's
+                raise Denied(EACCES, LACKS_GROUPS)
             refused, chain, _reason = await self._probe(identity, connection.quota, path, os.O_RDONLY)
             if connection.over:
                 ipc.close_all(chain)

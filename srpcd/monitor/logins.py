@@ -11,7 +11,7 @@ from srpcd import ipc, selinux
 from srpcd.monitor import accounts, authentication
 from srpcd.monitor.authentication import Afid, PamChild
 from srpcd.monitor.connections import Connection
-from srpcd.monitor.credentials import Credentials, worker_identity
+from srpcd.monitor.credentials import LACKS_GROUPS, Credentials, has_groups, worker_identity
 from srpcd.monitor.faults import Denied
 from srpcd.monitor.forked import Turns
 from srpcd.monitor.launch import Drop
@@ -124,11 +124,10 @@ class Logins:
             return account._replace(identity=worker_identity(account, credentials, settings))
         if account.identity.uid != monitor.own.uid:
             raise Denied(EACCES, "this daemon serves the user who started it, and nobody else")
+        if credentials.process and not has_groups(credentials.process, monitor.own, settings):
+            raise Denied(EACCES, LACKS_GROUPS)
         # A personal daemon can start no worker with other ids than its own, whatever groups the account has by now.
-        account = account._replace(identity=monitor.own)
-        if worker_identity(account, credentials, settings) != monitor.own:
-            raise Denied(EACCES, "the process lacks groups that this daemon has, and would get them from its worker")
-        return account
+        return account._replace(identity=worker_identity(account._replace(identity=monitor.own), credentials, settings))
 
     async def _converse(self, connection: Connection, message: ipc.Authenticate) -> ipc.Outcome:
         """Let a child authenticate. Raises Denied: EAGAIN, ETIMEDOUT."""

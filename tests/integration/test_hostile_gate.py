@@ -103,7 +103,7 @@ result = wait(ipc.Verdict)[0].errno, type(ask(ipc.Attach(conn, 1, 1, 'bob', ''),
 
 def test_it_can_not_answer_the_monitor_in_the_place_of_the_pam_child(daemon: realm.Daemon, alice: Puppet) -> None:
     ended_for(
-        daemon, alice, "ask(ipc.Authenticate(conn, 1, 'pam', 'bob', ''), ipc.Conversation); tell(ipc.Outcome(0, '', 0))"
+        daemon, alice, "ask(ipc.Authenticate(conn, 1, 'pam', 'bob', ''), ipc.Conversation); tell(ipc.Outcome(0, '', 0, 0))"
     )
 
 

@@ -304,7 +304,7 @@ def test_it_can_not_delay_that_for_others_by_stopping_its_own_users_probes(
         "ipc.Attach(1, 1, 1, 'bob', '')",
         "ipc.Authenticate(1, 1, 'peer', 'bob', '')",
         "ipc.Announce(1, 1, 'calc/echo')",
-        "ipc.Outcome(0, '', 0)",
+        "ipc.Outcome(0, '', 0, 0)",
         "ipc.LinesWanted('../etc/passwd', 1, 1)",
         "ipc.LinesWanted('calc/../calc/echo', 1, 1)",
         "ipc.LinesWanted('/calc/echo', 1, 1)",

@@ -14,7 +14,7 @@ from errno import EACCES, EAGAIN, EKEYEXPIRED
 import pytest
 
 from tests import realm
-from tests.integration.raw import APPEND, ATTACH, AUTH, SECONDS, Ended, Frame, Raw, addresses
+from tests.integration.raw import ANNOUNCE, APPEND, ATTACH, AUTH, SECONDS, Ended, Frame, Raw, addresses
 
 pytestmark = pytest.mark.needs_root
 
@@ -170,6 +170,16 @@ def test_refresh_ends_afids_and_sessions_of_an_account_with_another_uid(watchful
         assert realm.until(lambda: not watchful.processes("worker", "renumbered"))
         realm.change("renumbered", uid=old.uid)  # and back: what was dropped stays dropped
         assert client.ask(ATTACH, afid=7, fid=3, uname="renumbered").errno == EACCES
+
+
+def test_refresh_ends_the_sessions_of_an_account_that_may_not_be_used_any_more(watchful: realm.Daemon) -> None:
+    with account("closed"), connected(watchful, "closed", local=False) as client:
+        client.login("closed", fid=1, afid=7)
+        assert client.walk("tools/id", 2).kind == 6
+        realm.change("closed", shell="/usr/sbin/nologin")
+        assert "login shell" in watchful.wait_event("revoked", user="closed", what="session")["reason"]
+        assert client.call(2).errno == EKEYEXPIRED
+        assert client.ask(ATTACH, afid=7, fid=3, uname="closed").errno == EACCES
 
 
 @contextmanager
@@ -454,5 +464,9 @@ def test_a_users_own_daemon_gives_no_group_to_a_process_that_has_dropped_it(priv
         with process(own, "lonely", (who.gid,)) as client:
             assert claim(client, "lonely").errno == EACCES
             assert refused(own, "lonely", "lacks groups")
+            os.mkfifo(own.tree / "pipe", 0o600)
+            os.chown(own.tree / "pipe", who.uid, realm.group("calc"))
+            assert client.ask(ANNOUNCE, fid=1, path="/pipe").errno == EACCES
         with Raw.local(own.local, "lonely") as client:
             client.login("lonely")
+            assert client.ask(ANNOUNCE, fid=2, path="/pipe").kind == ANNOUNCE + 1
