@@ -268,7 +268,7 @@ def line() -> Iterator[Path]:
 def being(user: str) -> Iterator[None]:
     """Whoever connects meanwhile is this user, for all that the kernel tells of him."""
     entry, groups = pwd.getpwnam(user), os.getgroups()
-    os.setgroups([])
+    os.initgroups(user, entry.pw_gid)  # its sessions have those groups that the process has
     os.setegid(entry.pw_gid)
     os.seteuid(entry.pw_uid)
     try:
