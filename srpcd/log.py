@@ -24,6 +24,7 @@ never a secret: this module knows neither, and nobody hands it any. The text for
 | sandbox        | a gate is in it; warning: without Landlock (0)  | name, pid, landlock (its version)                  |
 | process-end    | it has ended                                    | role, name, pid, status                            |
 | process-kill   | it was killed for what it did                   | role, name, pid, reason                            |
+| process-stuck  | it was killed and does not end: it is given up  | role, name, pid, text                              |
 | limit          | a bound was met                                 | which, peer, user, endpoint                        |
 | gate-restart   | a gate died and is started again                | gate, status, wait                                 |
 | reload         | the configuration was read again, or refused    | outcome, reason, restart (keys that need one)      |

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from errno import EACCES, EKEYEXPIRED, ETIMEDOUT
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -197,5 +198,26 @@ async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monke
                 ipc.receive(there)
         await asyncio.sleep(0.05)
     assert await asyncio.wait_for(child.gone, 1) == -signal.SIGKILL
+    there.close()
+    their_errors.close()
+
+
+async def test_a_killed_child_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a process hangs in the kernel. What waits for its end (another gate, the daemon's own end) goes on."""
+    monkeypatch.setattr(children, "_STUCK_SECONDS", 0.1)
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    errors, their_errors = socket.socketpair()
+    pid, pidfd = launch.fork(lambda: time.sleep(60))
+    child = children.Child(launch.Spawned(pid, pidfd, here, errors), "tls", Log(2, level="error"), Mock())
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "pidfd_send_signal", lambda *_: None)
+        child.kill("does not answer")
+    assert await asyncio.wait_for(child.gone, 5) is None
+    assert child.proved.result() is False
+    child.send(ipc.Ping())
+    child.kill("once more")
+    os.kill(pid, signal.SIGKILL)  # and once it does end, it is taken off the process table
+    while Path(f"/proc/{pid}").exists():
+        await asyncio.sleep(0.01)
     there.close()
     their_errors.close()

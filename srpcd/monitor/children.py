@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +26,8 @@ _PACKETS = 64
 _UNREAD_MAX, _UNREAD_SECONDS = 1024, 10.0
 """Messages that may wait for a child: with more, nothing more is heard from it (else it could have the monitor remember
 answers without end), and one that has waited for so many seconds ends it, however much it reads meanwhile."""
+_STUCK_SECONDS = 5.0
+"""Seconds after SIGKILL until others take the place of a process. One that hangs in the kernel never ends."""
 _LINES_PER_SECOND = 20
 """What may be written into the log on behalf of one child or connection."""
 
@@ -49,7 +52,7 @@ class Child:
 
     role: as in the launch table. name: who or what it serves, for the log. local: whether it is the local socket's gate.
     swept: whoever waits for its end looks for what it left behind, and takes it off the process table afterwards.
-    gone: its end, with the exit status, None where a tracer holds that back.
+    gone: its end, with the exit status, None where a tracer holds that back, or where it was killed and hangs in the kernel.
     """
 
     role = ""
@@ -66,6 +69,7 @@ class Child:
         self.started = time.monotonic()
         self.quota = Quota()
         self._spawned = spawned
+        self._killed = False
         self._log = log
         self._handle = handle
         self._unread: deque[tuple[ipc.Message, tuple[int, ...], float]] = deque()  # and since when
@@ -121,6 +125,18 @@ class Child:
             self.state = State.DONE
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._spawned.pidfd, signal.SIGKILL)
+            if not self._killed:
+                self._killed = True
+                asyncio.get_running_loop().call_later(_STUCK_SECONDS, self._stuck)
+
+    def _stuck(self) -> None:
+        """Give up a killed process that waits in the kernel, uninterruptibly: what depends on its end goes on."""
+        if not self.gone.done():
+            text = (
+                "it was killed and does not end: it hangs in the kernel, on a file system perhaps (see its stack in /proc)"
+            )
+            self._log.event("error", "process-stuck", role=self.role, name=self.name, pid=self.pid, text=text)
+            self._over(None)
 
     def _requests_ready(self) -> None:
         for _ in range(_PACKETS):
@@ -143,7 +159,7 @@ class Child:
     def _errors_ready(self) -> None:
         data = b""
         with suppress(OSError):  # nothing is there after its end
-            data = self._spawned.errors.recv(4096)
+            data = self._spawned.errors.recv(4096, socket.MSG_DONTWAIT)
         if not data:
             asyncio.get_running_loop().remove_reader(self._spawned.errors)
         for line in data.decode(errors="replace").splitlines():
@@ -151,9 +167,15 @@ class Child:
                 self._log.event("warning", "child-output", role=self.role, name=self.name, pid=self.pid, text=line)
 
     def _ended(self) -> None:
-        loop = asyncio.get_running_loop()
         self._requests_ready()  # what it said before it ended counts
         self._errors_ready()
+        info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        status = None if info is None else info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+        self._log.event(self.level, "process-end", role=self.role, name=self.name, pid=self.pid, status=status)
+        self._over(status)
+
+    def _over(self, status: int | None) -> None:
+        loop = asyncio.get_running_loop()
         loop.remove_reader(self._spawned.pidfd)
         os.close(self._spawned.pidfd)
         loop.remove_writer(self._spawned.socket)
@@ -164,9 +186,6 @@ class Child:
             ipc.close_all(fds)
         self._unread.clear()
         self.state = State.DONE
-        info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        status = None if info is None else info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-        self._log.event(self.level, "process-end", role=self.role, name=self.name, pid=self.pid, status=status)
         if not self.proved.done():
             self.proved.set_result(False)
         self.gone.set_result(status)
