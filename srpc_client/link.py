@@ -11,10 +11,9 @@ from typing import Protocol
 from OpenSSL import SSL
 
 from srpc_client.errors import ConnectionLost, UntrustedServer
-from srpcd.records import RECORD, Records, room_for_one
+from srpcd.records import Records, room_for_one
 from srpcd.wire.limits import READ_SIZE
 
-_NO_ROOM = memoryview(b"")
 _UCRED = struct.Struct("3i")
 
 
@@ -23,8 +22,18 @@ class Link(Protocol):
 
     fd: int
 
+    @property
+    def owes(self) -> bool:
+        """Whether TLS has something of its own to send: `flush` does, when the descriptor can be written to."""
+
+    def flush(self) -> None:
+        """Send of that as much as goes out now. Raises ConnectionLost."""
+
     def send(self, data: bytes | memoryview) -> int:
-        """Send as much as goes out now; returns how much. Raises ConnectionLost."""
+        """Send as much as goes out now; returns how much. Raises ConnectionLost.
+
+        If that is not all, the next call has to begin with the first byte that is not sent.
+        """
 
     def receive(self) -> bytes | None:
         """What has come in; None if nothing has, empty at the end. Raises ConnectionLost."""
@@ -47,6 +56,8 @@ class LocalLink:
 
     __slots__ = ("_socket", "fd")
 
+    owes = False
+
     def __init__(self, connected: socket.socket) -> None:
         _pid, uid, _gid = _UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         if uid not in (0, os.geteuid()):
@@ -56,6 +67,9 @@ class LocalLink:
             )
         self._socket = connected
         self.fd = connected.fileno()
+
+    def flush(self) -> None:
+        pass
 
     def send(self, data: bytes | memoryview) -> int:
         try:
@@ -100,17 +114,21 @@ class TlsLink:
         self._records = Records(tls, connected)
         self.fd = connected.fileno()
 
-    def send(self, data: bytes | memoryview) -> int:
-        # Whoever calls again after a partial send begins with the same bytes: OpenSSL may have a record of them under way.
+    @property
+    def owes(self) -> bool:
+        return self._records.owes
+
+    def flush(self) -> None:
         try:
-            if len(data) > RECORD or self._records.active:
-                return self._records.send(data)
-            return self._records.put(data)
-        except (SSL.WantWriteError, SSL.WantReadError):
-            pass
+            self._records.flush()
         except (SSL.Error, OSError) as fault:
             raise self._lost(fault) from None
-        return 0
+
+    def send(self, data: bytes | memoryview) -> int:
+        try:
+            return self._records.write(data)
+        except (SSL.Error, OSError) as fault:
+            raise self._lost(fault) from None
 
     def receive_into(self, room: memoryview) -> tuple[int, bytes | None]:
         try:
@@ -124,24 +142,22 @@ class TlsLink:
 
     def receive(self) -> bytes | None:
         try:
-            if self._records.active:
-                return self.receive_into(_NO_ROOM)[1]
-            return self._records.get(self._buffer)
-        except SSL.WantReadError:
-            return None
-        except SSL.ZeroReturnError:
-            return b""
+            return self._records.read(self._buffer)
         except SSL.SysCallError as fault:
             if fault.args[0] == -1:  # end of file without a goodbye; frames know for themselves whether they are whole
                 return b""
             raise self._lost(fault) from None
-        except SSL.Error as fault:
+        except (SSL.Error, OSError) as fault:
             raise self._lost(fault) from None
 
     @staticmethod
     def _lost(fault: SSL.Error | OSError) -> ConnectionLost:
         if isinstance(fault, SSL.SysCallError | OSError):
             return ConnectionLost(message=f"the connection ended: {fault.args[-1]}")
+        if isinstance(fault, SSL.WantReadError):
+            return ConnectionLost(
+                message="the server sent a part of a TLS handshake message, and nothing can be sent before its rest"
+            )
         return ConnectionLost(message=f"the TLS connection failed: {fault}")
 
     def close(self) -> None:

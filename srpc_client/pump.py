@@ -36,6 +36,7 @@ class Pump:
         self._link = link
         self._unsent: bytes | memoryview = b""
         self._scheduled = False
+        self._writing = False  # the loop tells when the descriptor can be written to
         self._closed = False
         self._waiting: deque[asyncio.Future[None]] = deque()  # in `room`, first come first served
         self.over = asyncio.Event()
@@ -82,6 +83,8 @@ class Pump:
         waited = len(self._unsent) > 0
         data = self._unsent or self.core.take()
         try:
+            if not data and self._link.owes:
+                self._link.flush()
             while data:
                 sent = self._link.send(data)
                 if sent < len(data):
@@ -92,13 +95,19 @@ class Pump:
             self.lose(fault)
             return
         self._unsent = data
-        if bool(data) != waited:
-            if waited:
-                self._loop.remove_writer(self._link.fd)
-            else:
-                self._loop.add_writer(self._link.fd, self._flush)
+        self._watch()
         if waited:
             self._wake()
+
+    def _watch(self) -> None:
+        """Wait until the descriptor can be written to, if there is something to write."""
+        writing = len(self._unsent) > 0 or self._link.owes
+        if writing is not self._writing:
+            self._writing = writing
+            if writing:
+                self._loop.add_writer(self._link.fd, self._flush)
+            else:
+                self._loop.remove_writer(self._link.fd)
 
     def _wake(self) -> None:
         # As many as there is room for, and not all of them: thousands may wait, and each answer makes room for one.
@@ -121,6 +130,8 @@ class Pump:
         except ConnectionLost as fault:
             self.lose(fault)
             return
+        if self._link.owes:
+            self._watch()
         if data is None:
             return
         if not data and not count:

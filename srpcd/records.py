@@ -16,6 +16,8 @@ from OpenSSL._util import ffi, lib
 
 from srpcd.wire.limits import LARGE, PORTION
 
+_NO_ROOM = memoryview(b"")
+
 RECORD = 16384
 """Bytes of plaintext in one TLS record at most (RFC 8446, section 5.1)."""
 
@@ -78,6 +80,7 @@ class Records:
         self._pointer = ffi.new("char **")
         self._small = 0  # how often in a row little was sent
         self._ahead = 0  # bytes of plaintext that are encrypted, and not yet sent to their end
+        self._on_socket()
 
     @property
     def owes(self) -> bool:
@@ -144,6 +147,42 @@ class Records:
                 _idle.append(scratch)
             self._say(got + more)
 
+    def write(self, data: bytes | memoryview) -> int:
+        """As `send`, for data of any size: what is small goes to the socket directly while `active` is not set.
+
+        A KeyUpdate of the peer can come while a record of ours is half sent, and has to be answered (RFC 8446, section
+        4.6.3). OpenSSL can't do that on a socket: it ends the connection ("bad length"). In memory each record goes to its
+        end, so the rest of the half goes there.
+        """
+        if len(data) > RECORD or self.active:
+            return self.send(data)
+        try:
+            return self.put(data)
+        except (SSL.WantWriteError, SSL.WantReadError):
+            return self.send(data)
+
+    def read(self, buffer: Any) -> bytes | None:
+        """Take what has come, without room for a large part of it. buffer: `room_for_one`.
+
+        Returns None where that is nothing at the moment, and empty at the end of file. Raises SSL.Error, OSError.
+        """
+        if self.active:
+            return self.receive(_NO_ROOM)[1]
+        try:
+            return self.get(buffer)
+        except SSL.WantReadError:
+            return None
+        except SSL.ZeroReturnError:
+            return b""
+        except SSL.WantWriteError:
+            # An answer to a KeyUpdate is half sent. In memory it goes to its end; `owes` says that it is there.
+            self._begin()
+            size = lib.SSL_read(self._ssl, buffer, RECORD)
+            if size <= 0 and lib.SSL_get_error(self._ssl, size) != lib.SSL_ERROR_WANT_READ:
+                self._raise(size)
+            self._push()
+            return bytes(ffi.buffer(buffer, size)) if size > 0 else None
+
     def put(self, data: bytes | memoryview) -> int:
         """SSL_write(3), on the socket, while `active` is not set. Returns how many bytes. Raises SSL.Error.
 
@@ -175,7 +214,7 @@ class Records:
         """
         if self.active and not self.waits and not self._ahead:
             lib.SSL_set_fd(self._ssl, self._socket.fileno())  # frees what was set before
-            lib.SSL_set_mode(self._ssl, lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
+            self._on_socket()
             self.active = False
             self._outgoing = None
 
@@ -185,6 +224,16 @@ class Records:
             self._outgoing = lib.BIO_new(lib.BIO_s_mem())
             lib.SSL_set_bio(self._ssl, lib.BIO_new(lib.BIO_s_mem()), self._outgoing)  # they are OpenSSL's from here on
             lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_ENABLE_PARTIAL_WRITE)  # else each write ends with one record
+            lib.SSL_set_mode(self._ssl, lib.SSL_MODE_AUTO_RETRY)  # else not all of the memory is taken
+
+    def _on_socket(self) -> None:
+        """Set the modes for OpenSSL on the socket.
+
+        Without SSL_MODE_AUTO_RETRY each SSL_read ends after one record that holds no data. With it a peer that sends
+        KeyUpdates or session tickets without end keeps SSL_read from ever returning: no timer and no signal is served.
+        """
+        lib.SSL_set_mode(self._ssl, lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
+        lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_AUTO_RETRY)
 
     def _say(self, got: int) -> None:
         """Send what OpenSSL had to say to what it read. Raises as `_push`, but for an end where something was got: that

@@ -58,6 +58,7 @@ class Pump:
         self._unsent: bytes | memoryview = b""
         self._poll = poll()
         self._poll.register(link.fd, POLLIN)
+        self._writing = False  # it is polled for writing too
         self._mine = allocate_lock()
         self._busy_poll = busy_poll
         self._quick = True  # the last answer came within that time
@@ -150,8 +151,9 @@ class Pump:
     def send(self) -> None:
         """Send as much as goes out now."""
         try:
-            waited = len(self._unsent) > 0
             data = self._unsent or self.core.take()
+            if not data and self._link.owes:
+                self._link.flush()
             while data:
                 sent = self._link.send(data)
                 if sent < len(data):
@@ -159,13 +161,19 @@ class Pump:
                     break
                 data = self.core.take() if self.core.waiting else b""
             self._unsent = data
-            if bool(data) != waited:
-                self._poll.modify(self._link.fd, POLLIN if waited else POLLIN | POLLOUT)
+            self._watch()
         except ConnectionLost as fault:
             self.lose(fault)
         except BaseException:
             self.lose(ConnectionLost(message=_INTERRUPTED))
             raise
+
+    def _watch(self) -> None:
+        """Poll for writing too, if there is something to write."""
+        writing = len(self._unsent) > 0 or self._link.owes
+        if writing is not self._writing:
+            self._writing = writing
+            self._poll.modify(self._link.fd, POLLIN | POLLOUT if writing else POLLIN)
 
     def receive(self) -> None:
         """Take what has come in, and hand it to its slots."""
@@ -177,6 +185,8 @@ class Pump:
                 core.filled(count)
             else:
                 data = self._link.receive()
+            if self._link.owes:
+                self._watch()
             if data is None:
                 return
             if not data and not count:

@@ -177,13 +177,7 @@ class Tls(Plain):
 
     def send(self, data: bytes | memoryview) -> int:
         try:
-            if len(data) > RECORD or self._records.active:
-                return self._records.send(data)
-            try:
-                return self._records.put(data)
-            except (SSL.WantWriteError, SSL.WantReadError):
-                # The rest goes by memory: OpenSSL can't answer a client that asks for new keys in the middle of a record.
-                return self._records.send(data)
+            return self._records.write(data)
         except (SSL.Error, OSError) as fault:
             raise TransportError(f"write: {fault!r}") from None
 

@@ -82,10 +82,7 @@ class Peer:
         reader = frames.FrameReader(frames.REQUESTS)
         try:
             if self.daemon.context is not None:
-                tls = SSL.Connection(self.daemon.context, self.socket)
-                tls.set_accept_state()
-                tls.do_handshake()
-                self.stream = tls
+                self.stream = self.daemon.wrap(self.socket, self.daemon.context)
             while data := self.stream.recv(65536):
                 self.daemon.bytes_received += len(data)
                 for kind, seq, body in reader.feed(data):
@@ -246,6 +243,14 @@ class Peer:
         self.daemon.listening.set()
 
 
+def server_stream(connected: socket.socket, context: SSL.Context) -> Any:
+    """TLS as OpenSSL makes it."""
+    tls = SSL.Connection(context, connected)
+    tls.set_accept_state()
+    tls.do_handshake()
+    return tls
+
+
 class FakeDaemon:
     """endpoints: path to function. received: all frames. calls: (path, payload, metadata) of those that were delivered."""
 
@@ -253,6 +258,7 @@ class FakeDaemon:
         self.address = address
         self.pin = pin
         self.context = context
+        self.wrap: Callable[[socket.socket, SSL.Context], Any] = server_stream
         self.listener = listener
         self.endpoints: dict[str, Endpoint] = {
             "echo": lambda payload, metadata: (payload, metadata),

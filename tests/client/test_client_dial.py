@@ -615,6 +615,8 @@ async def test_calls_of_one_turn_of_the_loop_go_out_together(remote: FakeDaemon)
 
         class Counted:
             fd = link.fd
+            owes = False
+            flush = staticmethod(link.flush)
             receive = staticmethod(link.receive)
             receive_into = staticmethod(link.receive_into)
             close = staticmethod(link.close)
@@ -899,6 +901,8 @@ def test_one_call_is_one_write_and_one_read(make_remote: MakeRemote) -> None:
 
         class Counted:
             fd = link.fd
+            owes = False
+            flush = staticmethod(link.flush)
             receive_into = staticmethod(link.receive_into)
             close = staticmethod(link.close)
             detach = staticmethod(link.detach)

@@ -86,6 +86,26 @@ def test_who_asks_in_the_middle_of_records_gets_the_rest_and_the_answers() -> No
         assert got == data
 
 
+def test_a_read_ends_after_each_message_of_tls() -> None:
+    """A client that sends them without end would keep the gate in one read, and all other clients waiting."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for sock in (ours, theirs):
+            sock.setblocking(False)
+        gate = Tls(ours, server_context(*certificate()))
+        client, library = system_client(theirs)
+        while library.SSL_connect(client) != 1 or not gate.handshake():
+            gate.handshake()
+        for _ in range(50):
+            assert library.SSL_key_update(client, 0) == 1
+            assert library.SSL_do_handshake(client) == 1
+        assert library.SSL_write(client, b"data", 4) == 4
+        nothing = 0
+        while (data := gate.recv()) is None:
+            nothing += 1
+        assert (data, nothing) == (b"data", 50)
+
+
 def processor_time(pid: int) -> float:
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
