@@ -10,6 +10,7 @@ import stat
 from errno import EACCES, EEXIST, EINVAL, ELOOP, ENOENT, ENOTDIR, ENXIO, EPERM
 
 from srpc_client.errors import SrpcError, UntrustedServer
+from srpc_client.owner import distrust
 from srpcd.wire.errors import WireError
 from srpcd.wire.messages import split_aname
 
@@ -188,7 +189,7 @@ def open_line(socket_path: str, line: int) -> tuple[int, int]:
                 inner = os.open(element, _DIRECTORY, dir_fd=directory)
                 os.close(directory)
                 directory = inner
-                _check_owner(os.fstat(directory), where, uid)
+                _check_owner(os.fstat(directory), where)
             receive = _open_pipe("recv", directory, _READ, where)
             try:
                 return receive, _open_pipe("send", directory, _WRITE, where)
@@ -222,9 +223,9 @@ def _open_pipe(name: str, directory: int, flags: int, where: str) -> int:
 def _check_pipe(found: os.stat_result, path: str) -> None:
     if not stat.S_ISFIFO(found.st_mode):
         raise UntrustedServer(message=f"{path} is no named pipe: it is not opened")
-    _check_owner(found, path, os.geteuid())
+    _check_owner(found, path)
 
 
-def _check_owner(found: os.stat_result, path: str, uid: int) -> None:
-    if found.st_uid not in (0, uid):
-        raise UntrustedServer(message=f"{path} belongs to uid {found.st_uid}, not to root: it is not used")
+def _check_owner(found: os.stat_result, path: str) -> None:
+    if reason := distrust(found.st_uid):
+        raise UntrustedServer(message=f"{path} {reason}: it is not used")

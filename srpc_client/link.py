@@ -3,7 +3,6 @@
 Both kinds have the same four methods, and both pumps use them. `fd` is what to wait on.
 """
 
-import os
 import socket
 import struct
 from typing import Protocol
@@ -11,6 +10,7 @@ from typing import Protocol
 from OpenSSL import SSL
 
 from srpc_client.errors import ConnectionLost, UntrustedServer
+from srpc_client.owner import distrust
 from srpcd.records import Records, room_for_one
 from srpcd.wire.limits import READ_SIZE
 
@@ -60,11 +60,9 @@ class LocalLink:
 
     def __init__(self, connected: socket.socket) -> None:
         _pid, uid, _gid = _UCRED.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if uid not in (0, os.geteuid()):
+        if reason := distrust(uid):
             connected.close()
-            raise UntrustedServer(
-                message=f"the server behind the socket runs as uid {uid}, and only root or you may serve it"
-            )
+            raise UntrustedServer(message=f"the server behind the socket {reason}")
         self._socket = connected
         self.fd = connected.fileno()
 

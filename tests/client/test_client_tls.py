@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from OpenSSL import SSL
 
 import srpc_client
-from srpc_client import PinMismatch, SrpcError, Unreachable, UntrustedServer, blocking, pin_of
+from srpc_client import PinMismatch, SrpcError, Unreachable, UntrustedServer, blocking, owner, pin_of
 from srpc_client.tls import checked_pins, names_host
 
 if TYPE_CHECKING:
@@ -241,6 +241,8 @@ import os, socket, sys
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[1])
 os.chmod(sys.argv[1], 0o666)
+os.setgroups([])
+os.setresgid(12345, 12345, 12345)
 os.setresuid(12345, 12345, 12345)
 listener.listen()
 print("ready", flush=True)
@@ -258,3 +260,62 @@ async def test_a_local_server_of_another_user_gets_nothing(tmp_path: Path, conne
         with pytest.raises(UntrustedServer, match="uid 12345"):
             await connect(f"unix:{path}")
         assert squatter.stdout.readline() == b"0\n"
+
+
+_CLIENT = """
+import asyncio, ctypes, os, sys
+import srpc_client, srpc_client.blocking.connection, srpc_client.connection  # before another user may not read them
+path, mapping, library = sys.argv[1:]
+os.setgroups([])
+os.setresgid(12346, 12346, 12346)
+os.setresuid(12346, 12346, 12346)
+ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: else its files in /proc are root's
+if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
+    sys.exit("no user namespaces")
+if mapping == "root":
+    for name, text in [("setgroups", "deny"), ("uid_map", "0 12346 1"), ("gid_map", "0 12346 1")]:
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+try:
+    if library == "blocking":
+        srpc_client.blocking.dial(path, user="alice", password="secret", timeout=10)
+    else:
+        asyncio.run(srpc_client.dial(path, user="alice", password="secret", timeout=10))
+except srpc_client.UntrustedServer as fault:
+    print(os.geteuid(), fault.message)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+@pytest.mark.parametrize("library", ["asyncio", "blocking"])
+@pytest.mark.parametrize(("mapping", "own"), [("none", "65534"), ("root", "0")])
+def test_in_a_user_namespace_a_server_that_is_not_mapped_gets_nothing(
+    open_directory: Path, library: str, mapping: str, own: str
+) -> None:
+    """Every uid that is not mapped looks like the overflow uid there, and the client itself may look so too."""
+    path = str(open_directory / "squat.sock")
+    with subprocess.Popen([sys.executable, "-c", _SQUAT, path], stdout=subprocess.PIPE) as squatter:
+        assert squatter.stdout is not None
+        assert squatter.stdout.readline() == b"ready\n"
+        command = [sys.executable, "-c", _CLIENT, f"unix:{path}", mapping, library]
+        client = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if "no user namespaces" in client.stderr:
+            squatter.kill()
+            pytest.skip("this kernel makes no user namespaces for ordinary users")
+        assert squatter.stdout.readline() == b"0\n"
+    assert client.stderr == ""
+    assert client.stdout.startswith(f"{own} the server behind the socket has uid 65534")
+    assert "does not map the server's uid" in client.stdout
+
+
+@pytest.mark.parametrize(("text", "uid"), [("4711\n", 4711), ("0\n", 0), ("nonsense", 65534), (None, 65534)])
+def test_the_overflow_uid_is_what_the_kernel_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, uid: int
+) -> None:
+    if text is not None:
+        (tmp_path / "overflowuid").write_text(text)
+    monkeypatch.setattr(owner, "_SETTING", str(tmp_path / "overflowuid"))
+    assert owner.overflow_uid() == uid
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    assert "stands for all users" in owner.distrust(uid)
+    assert (owner.distrust(0) == "") is (uid != 0)
