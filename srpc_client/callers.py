@@ -12,6 +12,10 @@ the daemon has read another configuration. More are open only where a worker tha
 says are gone: then they would use up this process's descriptors, and no other caller could call. A caller is a user with
 one set of groups."""
 
+SILENT_LINES_MAX = 256
+"""Lines to one endpoint that have not said yet who calls. The daemon has written that before it tells of the line, so there
+are some only for a moment, unless numbers of lines are told without end: they too would use up the descriptors."""
+
 L = TypeVar("L")
 
 _log = logging.getLogger("srpc_client")
@@ -24,9 +28,18 @@ class Callers(Generic[L]):
         self._path = path
         self._close = close
         self._lines: dict[tuple[object, ...], list[L]] = {}
+        self._silent: dict[L, None] = {}  # oldest first
+
+    def opened(self, line: L) -> None:
+        """A line is open. Where too many are that have not said who calls, the oldest of those is closed."""
+        self._silent[line] = None
+        if len(self._silent) > SILENT_LINES_MAX:
+            _log.warning("%s: too many lines do not say who calls, the oldest is closed", self._path)
+            self._close(next(iter(self._silent)))
 
     def came(self, caller: Caller, line: L) -> None:
         """A line has said who calls. Where that is one too many, the caller's oldest is closed."""
+        self._silent.pop(line, None)
         lines = self._lines.setdefault(_key(caller), [])
         lines.append(line)
         if len(lines) > LINES_PER_CALLER:
@@ -35,6 +48,7 @@ class Callers(Generic[L]):
 
     def gone(self, caller: Caller | None, line: L) -> None:
         """A line has ended. caller: None if it never said."""
+        self._silent.pop(line, None)
         if caller is not None and (lines := self._lines.get(_key(caller))) is not None:
             lines.remove(line)
             if not lines:

@@ -6,7 +6,9 @@ Rules that it keeps, so that the pumps (`pump`, `blocking`) need not know them:
   given up meets nobody else (the paper's prototype handed it to whoever called next).
 - A request that is given up is flushed, and its seq stays taken until the server has answered it. If its answer made a
   fid after all, the fid is clunked.
-- A reply that nobody asked for, or of the wrong type, ends the connection; `failure` then says why.
+- A reply that nobody asked for, or of the wrong type, ends the connection; `failure` then says why. A type of which no
+  request was made yet ends it at its header, before a byte of its body is kept.
+- What a server costs is bounded: bytes of a reply, requests that it leaves unanswered, errors that answer no request.
 - When the connection is over, `lose` gives back each outstanding waiter once.
 
 A *waiter* is whatever the pump wants to get back with the answer: a future, a slot.
@@ -14,7 +16,7 @@ A *waiter* is whatever the pump wants to get back with the answer: a future, a s
 
 from collections import deque
 from collections.abc import Callable
-from errno import EINVAL, EMSGSIZE, EPROTO
+from errno import EAGAIN, EINVAL, EMSGSIZE, EPROTO
 from struct import Struct
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +24,7 @@ from srpc_client.errors import CallError, ConnectionLost, SrpcError
 from srpcd.wire import frames, messages
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.frames import CALL, CALL_REPLY, LISTEN_REPLY
-from srpcd.wire.limits import LARGE, METADATA_MAX, OUTSTANDING_MAX, PAYLOAD_MAX
+from srpcd.wire.limits import ERROR_MESSAGE_MAX, JSON_MAX, LARGE, METADATA_MAX, OUTSTANDING_MAX, PAYLOAD_MAX
 from srpcd.wire.messages import split_call_reply
 
 W = TypeVar("W")
@@ -32,6 +34,9 @@ FLUSHES_MAX = 64
 
 BUSY = OUTSTANDING_MAX - 2 * FLUSHES_MAX
 """Requests outstanding from which on a caller has to wait: room is left for flushes and clunks."""
+
+UNASKED_MAX = 16
+"""Errors that answer no request, of one connection. One says why the server closes; more cost time and say nothing new."""
 
 _CALL = Struct("!iQQQI")  # header and head of a call in one: type, seq, length, fid, metadata length
 
@@ -69,6 +74,12 @@ def too_long(payload: bytes, metadata: bytes) -> CallError:
     return CallError(EMSGSIZE, f"{size} bytes of {what}: a call carries at most {most}; send less at once")
 
 
+def _unanswered() -> CallError:
+    return CallError(
+        EAGAIN, f"{OUTSTANDING_MAX} requests of this connection are not answered yet: wait, or close it and dial again"
+    )
+
+
 def _decoder(kind: type[messages.Message]) -> Callable[[bytes, int], object]:
     return lambda body, seq: messages.decode(kind, body, seq)
 
@@ -85,6 +96,7 @@ class ClientCore(frames.Receiver, Generic[W]):
     __slots__ = (
         "_flushes",
         "_large",
+        "_limits",
         "_listening",
         "_orphans",
         "_out",
@@ -93,6 +105,7 @@ class ClientCore(frames.Receiver, Generic[W]):
         "_reason",
         "_seq",
         "_to_flush",
+        "_unasked_errors",
         "failure",
         "waiting",
     )
@@ -102,7 +115,8 @@ class ClientCore(frames.Receiver, Generic[W]):
         """Why the connection can't go on; None while it can."""
         self.waiting = 0
         """Bytes in `take`."""
-        self._reader = frames.FrameReader(frames.REPLIES, frames.reply_head)
+        self._limits = {frames.ERROR: frames.REPLIES[frames.ERROR]}  # of the replies that were ever asked for
+        self._reader = frames.FrameReader(self._limits, frames.reply_head)
         self._outstanding: dict[int, tuple[int, W | None]] = {}  # seq: (type of the reply wanted, who waits for it)
         self._out: list[bytes | memoryview] = []
         self._large = False  # something LARGE is in `_out`
@@ -112,20 +126,26 @@ class ClientCore(frames.Receiver, Generic[W]):
         self._to_flush: deque[int] = deque()
         self._orphans: dict[int, int] = {}  # seq of a walk or attach that was given up: the fid that it may still make
         self._reason = ""
+        self._unasked_errors = 0
 
     # --- requests -------------------------------------------------------------------------------------------------
 
     def call(self, fid: int, payload: bytes, metadata: bytes, waiter: W) -> int:
         """Call the endpoint behind `fid`; the waiter gets (payload, metadata). Returns the seq, for `cancel`.
 
-        Raises ConnectionLost (it is over already), CallError (EMSGSIZE: nothing was sent), TypeError (it is not bytes).
+        Raises ConnectionLost (it is over already), CallError (EMSGSIZE, EAGAIN: nothing was sent), TypeError (it is not
+        bytes).
         """
         if self.failure is not None:
             raise self.lost()
+        if len(self._outstanding) >= OUTSTANDING_MAX:
+            raise _unanswered()
         if payload.__class__ is not bytes or metadata.__class__ is not bytes:
             payload, metadata = checked_bytes("payload", payload), checked_bytes("metadata", metadata)
         if len(payload) > PAYLOAD_MAX or len(metadata) > METADATA_MAX:
             raise too_long(payload, metadata)
+        if CALL_REPLY not in self._limits:
+            self._limits[CALL_REPLY] = frames.REPLIES[CALL_REPLY]
         seq = self._seq = self._seq + 1
         self._outstanding[seq] = (CALL_REPLY, waiter)
         length = 12 + len(metadata) + len(payload)
@@ -142,19 +162,30 @@ class ClientCore(frames.Receiver, Generic[W]):
         """Any request; the waiter gets its reply as a message. Returns the seq.
 
         kind: as `frames.WALK`. waiter: None where nobody wants the answer.
-        Raises ConnectionLost, CallError (EMSGSIZE: nothing was sent).
+        Raises ConnectionLost, CallError (EMSGSIZE, EAGAIN: nothing was sent).
         """
         if self.failure is not None:
             raise self.lost()
+        # Clunks and flushes are not refused: there is one for each request that was, at most.
+        if waiter is not None and len(self._outstanding) >= OUTSTANDING_MAX:
+            raise _unanswered()
         if len(body) > frames.REQUESTS[kind]:
             raise CallError(EMSGSIZE, f"a body of {len(body)} bytes: {frames.NAMES[kind]} allows {frames.REQUESTS[kind]}")
         seq = self._seq = self._seq + 1
         self._outstanding[seq] = (kind + 1, waiter)
+        self._expect(kind)
         if kind == frames.LISTEN:
             self._listening += 1
         self._out.append(frames.frame(kind, seq, body))
         self.waiting += 20 + len(body)
         return seq
+
+    def _expect(self, kind: int) -> None:
+        """Allow replies to this type of request. Before an attach an append answers a prompt, and its reply is short."""
+        most = frames.REPLIES[kind + 1]
+        if kind == frames.APPEND and frames.ATTACH_REPLY not in self._limits:
+            most = min(most, JSON_MAX)
+        self._limits[kind + 1] = most
 
     def cancel(self, seq: int, fid: int = 0) -> bool:
         """Nobody waits for this request any more: flush it where that is possible, and drop its answer.
@@ -246,7 +277,7 @@ class ClientCore(frames.Receiver, Generic[W]):
                     if wanted == frames.LISTEN_REPLY:
                         self._listening -= 1
                     if waiter is not None:
-                        done.append((waiter, None, CallError(error.errno, error.message)))
+                        done.append((waiter, None, CallError(error.errno, error.message[:ERROR_MESSAGE_MAX])))
                     else:
                         self._orphans.pop(seq, None)
                         self._flushes -= wanted == frames.FLUSH_REPLY
@@ -268,8 +299,11 @@ class ClientCore(frames.Receiver, Generic[W]):
         # An error that answers no request is how a server says why it closes the connection.
         if kind != frames.ERROR:
             raise ProtocolError(EPROTO, f"a reply of type {kind} to a request that was never made", seq)
+        self._unasked_errors += 1
+        if self._unasked_errors > UNASKED_MAX:
+            raise ProtocolError(EPROTO, f"over {UNASKED_MAX} errors that answer no request", seq)
         error = messages.decode(messages.Error, body, seq)
-        self._reason = f"{error.code}: {error.message}"
+        self._reason = f"{error.code}: {error.message}"[:ERROR_MESSAGE_MAX]
 
     def lost(self) -> SrpcError:
         """A fresh error that says why the connection is over."""

@@ -15,6 +15,7 @@ A handler raises `CallError(errno, "a sentence")` to answer its caller with just
 
 from errno import EACCES, ECONNRESET, EPERM, ETIMEDOUT
 
+from srpc_client.text import plain
 from srpcd.wire import errors as wire_errors
 
 
@@ -39,7 +40,8 @@ class SrpcError(OSError):
         return self.strerror or ""
 
     def __str__(self) -> str:
-        text = f"{self.code}: {self.message}"
+        # A traceback or a log shows this at a terminal, and the sentence may come from a server: only its lines are kept.
+        text = plain(f"{self.code}: {self.message}", "\n\t")
         return text if self.filename is None else f"{text}: {self.filename!r}"
 
     def __reduce__(self) -> tuple[object, ...]:  # OSError's own would give `filename` to __init__

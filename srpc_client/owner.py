@@ -1,4 +1,4 @@
-"""Which local processes and files a client trusts: those of root and of its own user, if the kernel can tell whose they are."""
+"""Which local processes and files a client trusts: root's and its own user's, where the kernel can tell whose they are."""
 
 import os
 

@@ -9,14 +9,14 @@ a step is thrown in at the place where it was yielded. The asyncio and the block
 
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from errno import EACCES, EAGAIN, EBADF, EINVAL, EKEYEXPIRED, ESTALE
+from errno import E2BIG, EACCES, EAGAIN, EBADF, EINVAL, EKEYEXPIRED, EPROTO, ESTALE
 from typing import Any, NamedTuple, TypeAlias, TypeVar, get_args
 
 from srpc_client import requests
 from srpc_client.errors import AuthenticationError, CallError
 from srpc_client.requests import Send
 from srpcd.wire import messages
-from srpcd.wire.limits import FIDS_MAX, STAT_PAGE
+from srpcd.wire.limits import FIDS_MAX, NAME_MAX, STAT_PAGE
 from srpcd.wire.messages import Mechanism, Prompt
 
 CACHED_FIDS_MAX = FIDS_MAX - 1024
@@ -24,6 +24,14 @@ CACHED_FIDS_MAX = FIDS_MAX - 1024
 
 PATIENCE = 30.0
 """Seconds for which a login is tried again while the server says EAGAIN, unless a timeout ends it earlier."""
+
+NAMES_MAX = 100_000
+"""Names that are taken of one directory: a hundred pages, and some 30 MB of memory at most. Only a server that makes them up
+has more, or a directory that nobody can use."""
+
+STEPS_MAX = 64
+"""Steps of one login's conversation. PAM modules take one to three; a server that goes on asking collects what a person or a
+program answers, and the login would never end."""
 
 RETRIED = (ESTALE, EKEYEXPIRED)
 """Errnos after which a call may be made once more."""
@@ -200,7 +208,7 @@ def _authenticate(afid: int, who: Login) -> Procedure[None]:
         raise
     prompts, verdict, password = reply.prompts, "1", who.password
     remarks: list[str] = []
-    while True:
+    for _ in range(STEPS_MAX):
         remarks += [prompt.text for prompt in prompts if prompt.style in ("info", "error")]
         if not any(prompt.style in ("secret", "text") for prompt in prompts):
             break
@@ -211,6 +219,8 @@ def _authenticate(afid: int, who: Login) -> Procedure[None]:
             if verdict:  # nothing more is wanted, whatever the prompts say
                 prompts = [Prompt("info", prompt.text) for prompt in prompts]
                 break
+    else:
+        raise AuthenticationError(EPROTO, f"the server has asked {STEPS_MAX} times, and still accepts or refuses nothing")
     if verdict == "1":
         return
     said = f"; it said: {' '.join(remarks)[:500]}" if remarks else ""
@@ -363,17 +373,38 @@ def _renew(book: Book, session: SessionState, generation: int, refusal: CallErro
 def stat(
     book: Book, session: SessionState, path: str, after: str = "", limit: int = STAT_PAGE
 ) -> Procedure[messages.StatReply]:
-    """Describe a path. Raises CallError."""
+    """Describe a path. Raises CallError (EPROTO where the names are not what the protocol says)."""
 
     def request(fid: int) -> Send:
         return requests.stat(fid, after, limit)
 
     reply: messages.StatReply = yield from on_path(book, session, path, request)
+    _check_page(reply, after, limit)
     return reply
 
 
+def _check_page(page: messages.StatReply, after: str, limit: int) -> None:
+    """Raise CallError (EPROTO) unless the names ascend strictly, are names, and come after `after` (docs/protocol.md)."""
+    names = page.children or []
+    if len(names) > limit:
+        raise CallError(EPROTO, f"the server broke the protocol: {len(names)} names, where {limit} were asked for")
+    if page.more and not names:
+        raise CallError(EPROTO, "the server broke the protocol: it has more names and gives none")
+    last = after.encode()
+    for name in names:
+        text = name.encode()
+        if not text or text[0] == 0x2E or b"/" in text or b"\0" in text or len(text) > NAME_MAX:
+            raise CallError(EPROTO, f"the server broke the protocol: {name!r} is no name in a directory")
+        if text <= last:
+            raise CallError(EPROTO, f"the server broke the protocol: {name!r} is no name that can come after the one before")
+        last = text
+
+
 def listing(book: Book, session: SessionState, path: str) -> Procedure[list[str]]:
-    """All names in a directory, page by page. Raises CallError (EACCES where the caller may not read the directory)."""
+    """All names in a directory, page by page.
+
+    Raises CallError: EACCES where the caller may not read the directory, E2BIG for over NAMES_MAX names, as `stat`.
+    """
     names: list[str] = []
     more = True
     while more:
@@ -381,7 +412,9 @@ def listing(book: Book, session: SessionState, path: str) -> Procedure[list[str]
         if page.children is None:
             raise CallError(EACCES, "the directory may be walked through, but its names may not be read")
         names += page.children
-        more = page.more and bool(page.children)  # a page without names can't be followed by another
+        more = page.more
+        if len(names) + more > NAMES_MAX:
+            raise CallError(E2BIG, f"the directory has over {NAMES_MAX} names, and no more are listed")
     return names
 
 

@@ -3,12 +3,12 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from errno import EINVAL
-from typing import Literal
+from typing import Any, Literal
 
 from srpc_client import address as addresses
-from srpc_client import tls
+from srpc_client import resolver, tls
 from srpc_client.address import Local, Remote
 from srpc_client.errors import SrpcError
 from srpc_client.link import LocalLink, TlsLink
@@ -40,11 +40,7 @@ async def remote(where: Remote, pins: frozenset[str] | None, ca: tls.Authority |
     if (pins is None) == (ca is None):
         raise ValueError("give either pins= or ca=: a server that proves nothing is not talked to")
     failure: OSError = OSError(EINVAL, "the name has no address")
-    try:
-        found = await loop.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
-    except OSError as fault:
-        raise addresses.from_os_error(fault, where) from None
-    for family, kind, protocol, _name, target in found:
+    for family, kind, protocol, _name, target in await _addresses(where):
         connected = socket.socket(family, kind, protocol)
         try:
             connected.setblocking(False)
@@ -67,6 +63,27 @@ async def remote(where: Remote, pins: frozenset[str] | None, ca: tls.Authority |
             connected.close()
             raise
     raise addresses.from_os_error(failure, where) from None
+
+
+async def _addresses(where: Remote) -> list[tuple[Any, ...]]:
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[resolver.Found] = loop.create_future()
+
+    def settle(found: resolver.Found) -> None:
+        if not answer.done():
+            answer.set_result(found)
+
+    def done(found: resolver.Found) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, found)
+
+    resolver.look_up(where, done)
+    found = await answer
+    if isinstance(found, OSError):
+        raise addresses.from_os_error(found, where) from None
+    if isinstance(found, UnicodeError):
+        raise found
+    return found
 
 
 @asynccontextmanager

@@ -35,6 +35,7 @@ from srpc_client.errors import CallError, ConnectionLost, SrpcError
 from srpc_client.handling import HandlerCore, refuse_what_is_no_handler
 from srpc_client.line import Line
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
+from srpc_client.text import plain
 from srpcd.wire.messages import AnnounceReply, ListenReply, PingReply
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Announcement:
         self._fid = connection.new_fid()
         reply: AnnounceReply = await connection.request(requests.announce(self._fid, self.path))
         if reply.warning and reply.warning != self.warning:
-            _log.warning("%s: %s", self.path, reply.warning)
+            _log.warning("%s: %s", self.path, plain(reply.warning))
         self.warning = reply.warning
         self.registered = True
         connection.stream(requests.listen(self._fid), _Listener(self, connection))
@@ -151,6 +152,7 @@ class Announcement:
         self._lines.add(line)
         core.on_caller = lambda caller: self._callers.came(caller, line)
         line.on_over = self._gone
+        self._callers.opened(line)
         if self.handler is None:
             self._new.put_nowait(line)
 

@@ -94,11 +94,15 @@ class Handshake:
         shown = self.connection.get_peer_certificate()
         if shown is None:
             raise UntrustedServer(message="the server showed no certificate")
-        certificate = shown.to_cryptography()
-        self.pin = pin_of(certificate)
+        try:
+            certificate = shown.to_cryptography()
+            self.pin = pin_of(certificate)
+            named = self._pins is not None or names_host(certificate, self._host)
+        except Exception as fault:  # OpenSSL takes certificates that cryptography refuses, each with an error of its own
+            raise UntrustedServer(message=f"the server's certificate can't be read: {fault}") from None
         if self._pins is not None and self.pin not in self._pins:
             raise self._mismatch()
-        if self._pins is None and not names_host(certificate, self._host):
+        if not named:
             raise self._wrong_name()
         if self.connection.get_alpn_proto_negotiated() != ALPN:
             raise SrpcError(EPROTO, "the server does not speak srpc/1: is another service on this port?")

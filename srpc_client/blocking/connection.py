@@ -12,7 +12,7 @@ from srpc_client import address as addresses
 from srpc_client import procedures, requests, tls
 from srpc_client.address import CONNECT_TIMEOUT, Address, Local
 from srpc_client.blocking import reach
-from srpc_client.blocking.pump import Pump, Slot
+from srpc_client.blocking.pump import HIGH_WATER, Pump, Slot
 from srpc_client.core import BUSY
 from srpc_client.errors import LATE_LOGIN, CallError, CallTimeout
 from srpc_client.link import Link
@@ -22,9 +22,6 @@ from srpcd.wire.messages import Mechanism, PingReply, Prompt, StatReply
 
 PromptCallback: TypeAlias = Callable[[Sequence[Prompt]], Sequence[str]]
 """Answers prompts: one text for each prompt whose style is "secret" or "text", in order."""
-
-HIGH_WATER = 1024 * 1024
-"""Bytes that `call_many` lets wait to be sent."""
 
 T = TypeVar("T")
 
@@ -60,17 +57,19 @@ def dial(
     timeout: float | None = None,
     busy_poll: float = 0.0,
 ) -> "Connection":
-    """As `srpc_client.dial`, blocking. timeout: seconds for connecting, and again for logging in.
+    """As `srpc_client.dial`, blocking.
 
     busy_poll: seconds, some hundred microseconds (2e-4) at most, for which a lone call asks again and again for its answer
     before it sleeps. Where a processor has nothing else to do that spares a wake-up, which in a virtual machine may take
     longer than a hop of the call; it costs the caller that processor's time, and where all are busy it slows everybody down.
     """
+    begun = time.monotonic()
     connection = connect(address, pins=pins, ca=ca, timeout=timeout, busy_poll=busy_poll)
     try:
         if user is not None or isinstance(connection.address, Local):
+            left = None if timeout is None else begun + timeout - time.monotonic()
             connection.session = connection.login(
-                user, password=password, prompt=prompt, mechanism=mechanism, aname=aname, timeout=timeout
+                user, password=password, prompt=prompt, mechanism=mechanism, aname=aname, timeout=left
             )
     except BaseException:
         connection.close()

@@ -17,6 +17,10 @@ _INTERRUPTED = "interrupted while bytes were moved, nobody knows how many: what 
 """Why a KeyboardInterrupt there ends the connection. While somebody waits (for a slow peer, and so mostly) it does not."""
 
 
+HIGH_WATER = 1024 * 1024
+"""Bytes that may wait to be sent before another request waits too. Without it each call that is given up, to a server that
+reads nothing, would leave its payload here."""
+
 _FORKED = "the connection was made before a fork, and belongs to the other process: dial again in this one"
 
 _pumps: "WeakSet[Pump]" = WeakSet()
@@ -77,6 +81,8 @@ class Pump:
         """Call the endpoint behind a fid: as `transact`, for what is done most often. Returns (payload, metadata)."""
         self.claim()
         try:
+            if self.backlog > HIGH_WATER:
+                self._make_room(deadline)
             slot = Slot()
             self._see_through(slot, self.core.call(fid, payload, metadata, slot), 0, deadline)
         finally:
@@ -94,6 +100,8 @@ class Pump:
         """
         self.claim()
         try:
+            if self.backlog > HIGH_WATER:
+                self._make_room(deadline)
             slot = Slot()
             self._see_through(slot, self.core.request(kind, body, slot), fid, deadline)
         finally:
@@ -110,21 +118,31 @@ class Pump:
             self.send()
             raise
 
+    def _make_room(self, deadline: float | None) -> None:
+        """Wait until the server has taken what earlier requests have left. Raises CallTimeout."""
+        self.send()
+        while self.backlog > HIGH_WATER and not self.closed:
+            self._wait(deadline)
+
     def until_done(self, slot: Slot, deadline: float | None) -> None:
         """Send and receive until the slot is filled. Raises CallTimeout."""
         self.send()
         awake_until = self._poll_busily(slot, deadline) if self._busy_poll else 0.0
         while not slot.done:
-            if deadline is None:
-                events = self._poll.poll()
-            else:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise CallTimeout
-                events = self._poll.poll(min(left, LONGEST_WAIT) * 1000 + 1)
-            self._see_to(events)
+            self._wait(deadline)
         if awake_until:
             self._quick = time.monotonic() < awake_until
+
+    def _wait(self, deadline: float | None) -> None:
+        """Move what can be moved once, as soon as it can. Raises CallTimeout."""
+        if deadline is None:
+            events = self._poll.poll()
+        else:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise CallTimeout
+            events = self._poll.poll(min(left, LONGEST_WAIT) * 1000 + 1)
+        self._see_to(events)
 
     def _poll_busily(self, slot: Slot, deadline: float | None) -> float:
         """Wait without sleeping. Returns until when that was to be, at most: whoever takes longer is slept for next time,

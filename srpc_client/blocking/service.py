@@ -24,6 +24,7 @@ from srpc_client.endpoint import EndpointPipe, open_line, refuse_mode
 from srpc_client.errors import CallError, SrpcError
 from srpc_client.handling import HIGH_WATER, HandlerCore, Request, begin, refuse_what_is_no_handler
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
+from srpc_client.text import plain
 from srpcd.alarm import Alarm
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.messages import ListenReply
@@ -118,7 +119,7 @@ class _Endpoint:
         self.fid = connection.new_fid()
         reply = connection.request(requests.announce(self.fid, self.path), timeout=10)
         if reply.warning and reply.warning != self._warned:
-            _log.warning("%s: %s", self.path, reply.warning)
+            _log.warning("%s: %s", self.path, plain(reply.warning))
         self._warned = reply.warning
         self.registered = True
         listen = requests.listen(self.fid)
@@ -139,6 +140,7 @@ class _Line:
         self._reading = True
         self._service.epoll.register(receive, EPOLLIN)
         self._service.sources[receive] = self._readable
+        endpoint.callers.opened(self)
 
     def _readable(self, _events: int) -> None:
         try:

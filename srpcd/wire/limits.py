@@ -49,6 +49,12 @@ STAT_PAGE = 1000
 STAT_REPLY_MAX = 4 * MIB
 """Bytes of a stat reply's body: STAT_PAGE names of NAME_MAX bytes in JSON escapes, with room."""
 
+QID_MAX = 64
+"""Characters of a qid: two numbers of 64 bits and a colon take 41."""
+
+LABEL_MAX = 4 * KIB
+"""Characters of an SELinux context in a reply: thousands of categories fit. Libraries keep replies, so they need a bound."""
+
 # --- authentication ----------------------------------------------------------------------------------------------------
 
 PASSWORD_MAX = 512

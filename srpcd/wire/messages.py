@@ -11,11 +11,31 @@ import msgspec
 
 from srpcd.wire import errors, frames
 from srpcd.wire.errors import ProtocolError, RequestError
-from srpcd.wire.limits import ERROR_MESSAGE_MAX, METADATA_MAX, NAME_MAX, PATH_MAX, PAYLOAD_MAX, STAT_PAGE
+from srpcd.wire.limits import (
+    ERROR_MESSAGE_MAX,
+    HELD_MAX,
+    LABEL_MAX,
+    METADATA_MAX,
+    NAME_MAX,
+    PATH_MAX,
+    PAYLOAD_MAX,
+    PROMPTS_MAX,
+    QID_MAX,
+    STAT_PAGE,
+    UNAME_MAX,
+)
 
 U64 = Annotated[int, msgspec.Meta(ge=0)]
 """msgspec has no bounds beyond 63 bits: `decode` checks the upper one."""
 Mode = Annotated[int, msgspec.Meta(ge=0, le=0o7777)]
+Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+Time = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+"""Without bounds a server could send a time or a mode that the client can't turn into text."""
+Name = Annotated[str, msgspec.Meta(max_length=NAME_MAX)]
+QidText = Annotated[str, msgspec.Meta(max_length=QID_MAX)]
+Account = Annotated[str, msgspec.Meta(max_length=UNAME_MAX)]
+Label = Annotated[str, msgspec.Meta(max_length=LABEL_MAX)]
+Sentence = Annotated[str, msgspec.Meta(max_length=ERROR_MESSAGE_MAX)]
 Style = Literal["secret", "text", "info", "error"]
 Mechanism = Literal["pam", "peer"]
 Kind = Literal["directory", "service", "program", "resident"]
@@ -38,13 +58,16 @@ class Prompt(Message, frozen=True):
     """One thing that PAM says. `secret` and `text` want an answer, by one append each; `info` and `error` do not."""
 
     style: Style
-    text: str
+    text: Annotated[str, msgspec.Meta(max_length=HELD_MAX)]
+
+
+Prompts = Annotated[list[Prompt], msgspec.Meta(max_length=PROMPTS_MAX)]
 
 
 class AuthReply(Message, frozen=True):
     """What to append next, in this order. No prompts that want an answer: the afid is accepted already."""
 
-    prompts: list[Prompt] = []
+    prompts: Prompts = []
 
 
 class Attach(Message, frozen=True):
@@ -59,7 +82,7 @@ class Attach(Message, frozen=True):
 class Qid(Message, frozen=True):
     """Reply to attach and walk. `qid` is `"device:inode"`."""
 
-    qid: str
+    qid: QidText
     is_dir: bool
 
 
@@ -88,18 +111,18 @@ class StatReply(Message, frozen=True):
     live: whether somebody serves it (a program endpoint always is).
     """
 
-    qid: str
-    name: str
+    qid: QidText
+    name: Name
     is_dir: bool
-    children: list[str] | None
+    children: Annotated[list[Name], msgspec.Meta(max_length=STAT_PAGE)] | None
     more: bool
-    mode: int
-    uid: int
-    gid: int
-    user: str
-    group: str
-    context: str | None
-    mtime: int
+    mode: Mode
+    uid: Id
+    gid: Id
+    user: Account
+    group: Account
+    context: Label | None
+    mtime: Time
     kind: Kind
     live: bool
 
@@ -115,7 +138,7 @@ class AppendReply(Message, frozen=True, omit_defaults=True):
     """An endpoint's reply; on an afid `"1"` accepted, `"0"` refused, `""` go on with `prompts` (or with those left)."""
 
     data: str
-    prompts: list[Prompt] | None = None
+    prompts: Prompts | None = None
 
 
 class Clunk(Message, frozen=True):
@@ -134,7 +157,7 @@ class Announce(Message, frozen=True):
 class AnnounceReply(Message, frozen=True):
     """warning: a sentence for the administrator, or null."""
 
-    warning: str | None = None
+    warning: Sentence | None = None
 
 
 class Listen(Message, frozen=True):
