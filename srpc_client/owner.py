@@ -24,7 +24,7 @@ def distrust(uid: int) -> str:
     """
     if uid == overflow_uid():
         return (
-            f"has uid {uid}, which stands for all users whom this user namespace does not map: inside a user namespace that "
+            f"has uid {uid}, which stands for every uid that is not mapped: inside a user namespace that "
             "does not map the server's uid nothing tells whose it is; map that uid (and root's), connect from outside, or "
             "use TLS"
         )

@@ -27,7 +27,7 @@ PATIENCE = 30.0
 
 NAMES_MAX = 100_000
 """Names that are taken of one directory: a hundred pages, and some 30 MB of memory at most. Only a server that makes them up
-has more, or a directory that nobody can use."""
+has more, or a directory that is of no use."""
 
 STEPS_MAX = 64
 """Steps of one login's conversation. PAM modules take one to three; a server that goes on asking collects what a person or a

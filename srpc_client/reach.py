@@ -74,7 +74,7 @@ async def _addresses(where: Remote) -> list[tuple[Any, ...]]:
             answer.set_result(found)
 
     def done(found: resolver.Found) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, so no task waits
             loop.call_soon_threadsafe(settle, found)
 
     resolver.look_up(where, done)

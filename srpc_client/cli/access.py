@@ -1,6 +1,7 @@
 """How the command gets to a server: which one, whether it is trusted, and who logs in."""
 
 import getpass
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ import click
 from srpc_client import address as addresses
 from srpc_client import blocking
 from srpc_client.address import Address, Local, Remote
-from srpc_client.cli.show import plain
-from srpc_client.errors import AuthenticationError, CallTimeout, PinMismatch, SrpcError, UntrustedServer
+from srpc_client.cli.interrupts import TimeOver
+from srpc_client.errors import LATE_LOGIN, AuthenticationError, PinMismatch, SrpcError, Unreachable, UntrustedServer
 from srpc_client.known_hosts import KnownHosts
+from srpc_client.text import plain
 from srpcd.wire.limits import PASSWORD_MAX
 from srpcd.wire.messages import Prompt
 
@@ -36,7 +38,8 @@ class Access:
     ) -> None:
         self.known_hosts = KnownHosts()
         self.credential_file = password_file
-        self.timeout = timeout
+        # `interrupts` bounds the command as a whole then. Without it a server that does not answer is given up.
+        self._timeout = None if timeout is None else math.inf
         self._address = address
         self._user = user
         self._pins = pins
@@ -61,8 +64,8 @@ class Access:
         """Connect and log in. Raises SrpcError; AuthenticationError also where the time for it was over."""
         try:
             return self._dial()
-        except CallTimeout as fault:
-            raise AuthenticationError(ETIMEDOUT, fault.message) from None
+        except TimeOver:
+            raise AuthenticationError(ETIMEDOUT, LATE_LOGIN) from None
 
     def _dial(self) -> blocking.Connection:
         user = self._user or addresses.own_name(self.where)  # who says a name needs none of his own: see `_is_own`
@@ -73,11 +76,11 @@ class Access:
                     "key; that it runs as root or as you is what is checked there"
                 )
             if self.credential_file is None and self._is_own(user):
-                return blocking.dial(self.where, timeout=self.timeout)
-            return self._login(blocking.connect(self.where, timeout=self.timeout), user)
+                return blocking.dial(self.where, timeout=self._timeout)
+            return self._login(blocking.connect(self.where, timeout=self._timeout), user)
         if self._ca is not None:
             ca: str | Literal[True] = True if self._ca == "system" else self._ca
-            connection = blocking.connect(self.where, ca=ca, timeout=self.timeout)
+            connection = blocking.connect(self.where, ca=ca, timeout=self._timeout)
         else:
             connection = self._connect_pinned()
         return self._login(connection, user)
@@ -90,7 +93,6 @@ class Access:
 
     def _login(self, connection: blocking.Connection, user: str) -> blocking.Connection:
         try:
-            # No timeout: a person may be typing.
             connection.session = connection.login(user, password=self._password(), prompt=_ask, mechanism="pam")
         except BaseException:
             connection.close()
@@ -117,7 +119,7 @@ class Access:
     def _connect_pinned(self) -> blocking.Connection:
         pins = self._pins or self.known_pins() or [self._first_use()]
         try:
-            return blocking.connect(self.where, pins=pins, timeout=self.timeout)
+            return blocking.connect(self.where, pins=pins, timeout=self._timeout)
         except PinMismatch as fault:
             if self._pins:
                 raise
@@ -138,11 +140,13 @@ class Access:
         Raises SrpcError; PinMismatch where the command line names pins, and it is none of these.
         """
         try:
-            blocking.connect(self.remote, pins=NO_KEY, timeout=self.timeout).close()
+            blocking.connect(self.remote, pins=NO_KEY, timeout=self._timeout).close()
         except PinMismatch as fault:
             if self._pins and fault.found not in self._pins:
                 raise
             return fault.found
+        except TimeOver:
+            raise Unreachable(ETIMEDOUT, f"{self.where} did not answer in time") from None
         raise UntrustedServer(message="the server has an impossible key")
 
     def _first_use(self) -> str:

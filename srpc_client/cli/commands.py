@@ -3,15 +3,17 @@
 import math
 import os
 import sys
-from errno import EBADF
+from errno import EBADF, ETIMEDOUT
 
 import click
 
-from srpc_client.cli import show
+from srpc_client.cli import interrupts, show
 from srpc_client.cli.access import Access
-from srpc_client.errors import AuthenticationError, ConnectionLost, SrpcError, Unreachable, UntrustedServer
+from srpc_client.cli.interrupts import TimeOver
+from srpc_client.errors import AuthenticationError, CallTimeout, ConnectionLost, SrpcError, Unreachable, UntrustedServer
+from srpc_client.text import plain
 
-FAILED, USAGE, NO_ACCESS = 1, 2, 3
+FAILED, USAGE, NO_ACCESS, INTERRUPTED = 1, 2, 3, 130
 
 
 def _seconds(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
@@ -34,7 +36,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     callback=_seconds,
-    help="Seconds that connecting, and then a call, may take.",
+    help="Seconds that the command may take, from its start to its end.",
 )
 @click.version_option(package_name="srpc", prog_name="srpc")
 @click.pass_context
@@ -54,6 +56,8 @@ def cli(
     """
     if pins and ca:
         raise click.UsageError("--pin and --ca are two ways to trust a server: give one")
+    if timeout is not None:
+        interrupts.bound(timeout)
     context.obj = Access(address, user, pins, ca, password_file, timeout)
 
 
@@ -61,9 +65,12 @@ def cli(
 @click.argument("path")
 @click.argument("data", required=False)
 @click.option("--metadata", default="", help="Metadata for the handler, JSON by convention.")
+@click.option("--raw", is_flag=True, help="Give the reply to a terminal as it is, escape sequences and all.")
 @pass_access
-def call(access: Access, path: str, data: str | None, metadata: str) -> None:
+def call(access: Access, path: str, data: str | None, metadata: str, raw: bool) -> None:
     """Call the endpoint at PATH with DATA; its reply goes to standard output as it is.
+
+    A terminal gets it with everything escaped that it would obey, unless --raw is given.
 
     Without DATA, or with -, the payload is standard input (nothing, if that is a terminal).
     """
@@ -78,11 +85,8 @@ def call(access: Access, path: str, data: str | None, metadata: str) -> None:
     if sys.stdout is None:
         raise SrpcError(EBADF, "standard output is closed, and the reply would be lost: the call was not made")
     with access.dial() as connection:
-        reply = connection.call(path, payload, os.fsencode(metadata), access.timeout)
-    sys.stdout.buffer.write(reply)
-    if sys.stdout.isatty() and not reply.endswith(b"\n"):
-        sys.stdout.buffer.write(b"\n")
-    sys.stdout.buffer.flush()
+        reply = connection.call(path, payload, os.fsencode(metadata))
+    show.reply(reply, raw)
 
 
 @cli.command()
@@ -98,7 +102,7 @@ def ls(access: Access, path: str, long: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("path", default="/")
-@click.option("--depth", type=click.IntRange(min=1), default=16, show_default=True, help="How far down.")
+@click.option("--depth", type=click.IntRange(min=1, max=show.DEPTH_MAX), default=16, show_default=True, help="How far down.")
 @as_json
 @pass_access
 def tree(access: Access, path: str, depth: int, as_json: bool) -> None:
@@ -148,29 +152,49 @@ def pin(access: Access, trust: bool, as_json: bool) -> None:
 
 def run() -> None:
     """Do what the command line says, and exit."""
+    interrupts.catch()
+    for stream in (sys.stdout, sys.stderr):  # what it can't write in its encoding it escapes
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = cli.main(standalone_mode=False) or 0
-    except click.ClickException as fault:
-        fault.show()
-        status = fault.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("srpc: given up", err=True)
-        status = 130
-    except (UntrustedServer, Unreachable, ConnectionLost, AuthenticationError) as fault:
-        status = _complain(fault, NO_ACCESS)
-    except SrpcError as fault:
-        status = _complain(fault, FAILED)
-    except OSError as fault:  # of our own streams: all others are SrpcErrors
-        if not isinstance(fault, BrokenPipeError):  # else whoever read our output has gone, and wants to hear no more
-            click.echo(f"srpc: standard input or output: {fault.strerror}", err=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the last flush must not fail again
-        status = FAILED
-    except ValueError as fault:
-        click.echo(f"srpc: {show.plain(str(fault))}", err=True)
-        status = USAGE
+        if sys.stdout is not None:
+            sys.stdout.flush()  # not at exit, where what goes wrong has no sentence
+        interrupts.let_end()
+    except BaseException as fault:
+        interrupts.let_end()
+        status = _explain(fault)
+    interrupts.unbound()
     sys.exit(status)
 
 
+def _explain(fault: BaseException) -> int:
+    """Say what went wrong, in one sentence. Returns the exit status. Raises what is a fault of the command itself."""
+    if isinstance(fault, click.Abort | KeyboardInterrupt):
+        click.echo("srpc: given up", err=True)
+        return INTERRUPTED
+    if isinstance(fault, click.ClickException):
+        fault.show()
+        return fault.exit_code
+    if isinstance(fault, TimeOver):
+        return _complain(
+            CallTimeout(ETIMEDOUT, "the time that --timeout gives was over before the command was done"), FAILED
+        )
+    if isinstance(fault, UntrustedServer | Unreachable | ConnectionLost | AuthenticationError):
+        return _complain(fault, NO_ACCESS)
+    if isinstance(fault, SrpcError):
+        return _complain(fault, FAILED)
+    if isinstance(fault, OSError):  # of our own streams: all others are SrpcErrors
+        if not isinstance(fault, BrokenPipeError):  # else the reader of our output has gone, and wants to hear no more
+            click.echo(f"srpc: standard input or output: {fault.strerror}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the last flush must not fail again
+        return FAILED
+    if isinstance(fault, ValueError):
+        click.echo(f"srpc: {plain(str(fault))}", err=True)
+        return USAGE
+    raise fault
+
+
 def _complain(fault: SrpcError, status: int) -> int:
-    click.echo(f"srpc: {show.plain(fault.message)} ({fault.code})", err=True)
+    click.echo(f"srpc: {plain(fault.message)} ({fault.code})", err=True)
     return status

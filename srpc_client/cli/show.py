@@ -6,7 +6,10 @@ Names, sentences and prompts come from the other side: nothing of them reaches t
 import json
 import stat as stat_bits
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from errno import E2BIG, ELOOP
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +17,7 @@ import msgspec
 
 from srpc_client.blocking import Session
 from srpc_client.errors import CallError
+from srpc_client.text import lines_of, plain
 from srpcd.wire.messages import StatReply
 
 if TYPE_CHECKING:
@@ -23,9 +27,12 @@ if TYPE_CHECKING:
 _KIND_BITS = {"directory": stat_bits.S_IFDIR, "service": stat_bits.S_IFIFO}
 
 
-def plain(text: str) -> str:
-    """The text with everything escaped that is not printable: escape sequences, line ends, bidirectional overrides."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+DEPTH_MAX = 64
+"""Levels that `tree` goes down at most. Trees of procedures have three or four; each level costs calls inside calls here."""
+
+ENTRIES_MAX = 10_000
+"""Files that `tree` and `ls -l` describe at most: what a server says about each, up to 18 KB, is kept until it is printed.
+A server can make up a directory that contains itself, and others without end."""
 
 
 def mode_of(found: StatReply) -> str:
@@ -39,7 +46,17 @@ def _as_dict(found: StatReply) -> dict[str, Any]:
 
 
 def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+    text = json.dumps(value, indent=2 if sys.stdout.isatty() else None)  # in ASCII, with escapes for all else
+    click.echo(text.replace("\x7f", "\\u007f"))
+
+
+def reply(payload: bytes, raw: bool) -> None:
+    """A call's reply: as it is, and on a terminal so that it does not obey it, unless raw output is asked for."""
+    if raw or not sys.stdout.isatty():
+        sys.stdout.buffer.write(payload)
+        sys.stdout.buffer.flush()
+    else:
+        click.echo(lines_of(payload), nl=not payload.endswith(b"\n"))
 
 
 def facts(values: dict[str, Any], as_json: bool, only: str = "") -> None:
@@ -97,6 +114,8 @@ def listing(session: Session, path: str, long: bool, as_json: bool) -> None:
     """Names in a directory; of an endpoint, itself."""
     found = session.stat(path)
     names = session.list(path) if found.is_dir else [found.name]
+    if long and len(names) > ENTRIES_MAX:
+        raise CallError(E2BIG, f"{len(names)} names: -l describes at most {ENTRIES_MAX}; list them without it")
     if not long:
         if as_json:
             _print_json(names)
@@ -129,55 +148,79 @@ def _described(entry: StatReply | CallError) -> dict[str, Any]:
 # --- tree --------------------------------------------------------------------------------------------------------------
 
 
+class _Walk:
+    """What one `tree` has seen: how much it may still describe, and which directories lie above the one it is in."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._left = ENTRIES_MAX
+        self._above: set[str] = set()
+
+    def entries(self, path: str, found: StatReply) -> list[tuple[str, StatReply | CallError]] | None:
+        """What is in a directory; None where its names may not be read. Raises CallError (E2BIG) for too much in all."""
+        if found.children is None:
+            return None
+        names = self._session.list(path) if found.more else found.children
+        self._left -= len(names)
+        if self._left < 0:
+            raise CallError(E2BIG, f"the tree has over {ENTRIES_MAX} files: name a directory further down, or give --depth")
+        return [(name, _stat_or_error(self._session, _below(path, name))) for name in names]
+
+    @contextmanager
+    def inside(self, path: str, found: StatReply) -> Iterator[None]:
+        """Be in a directory. Raises CallError (ELOOP) where it is one of those above it: no kernel has such a tree."""
+        if found.qid in self._above:
+            raise CallError(ELOOP, f"{path} is one of the directories that it lies in: the server makes its tree up")
+        self._above.add(found.qid)
+        try:
+            yield
+        finally:
+            self._above.discard(found.qid)
+
+
 def tree(session: Session, path: str, depth: int, as_json: bool) -> None:
     """The tree below a path, as this session may see it."""
-    root = session.stat(path)
+    root, walk = session.stat(path), _Walk(session)
     if as_json:
-        _print_json({"name": root.name or "/", **_described(root), **_children(session, path, root, depth)})
+        _print_json({"name": root.name or "/", **_described(root), **_children(walk, path, root, depth)})
         return
     from rich.console import Console  # noqa: PLC0415  # a tenth of a second that the other commands need not wait
     from rich.tree import Tree  # noqa: PLC0415
 
     drawn = Tree(_label(path if path.startswith("/") else f"/{path}", root))
-    _draw(session, path, root, depth, drawn)
+    _draw(walk, path, root, depth, drawn)
     Console(soft_wrap=True, highlight=False).print(drawn)
 
 
-def _entries(session: Session, path: str, found: StatReply) -> list[tuple[str, StatReply | CallError]] | None:
-    """What is in a directory; None where its names may not be read."""
-    if found.children is None:
-        return None
-    names = session.list(path) if found.more else found.children
-    return [(name, _stat_or_error(session, _below(path, name))) for name in names]
-
-
-def _children(session: Session, path: str, found: StatReply, depth: int) -> dict[str, Any]:
+def _children(walk: _Walk, path: str, found: StatReply, depth: int) -> dict[str, Any]:
     if not found.is_dir or depth == 0:
         return {}
-    entries = _entries(session, path, found)
-    if entries is None:
-        return {"children": None}
-    children = []
-    for name, entry in entries:
-        deeper = {} if isinstance(entry, CallError) else _children(session, _below(path, name), entry, depth - 1)
-        children.append({"name": name, **_described(entry), **deeper})
-    return {"children": children}
+    with walk.inside(path, found):
+        entries = walk.entries(path, found)
+        if entries is None:
+            return {"children": None}
+        children = []
+        for name, entry in entries:
+            deeper = {} if isinstance(entry, CallError) else _children(walk, _below(path, name), entry, depth - 1)
+            children.append({"name": name, **_described(entry), **deeper})
+        return {"children": children}
 
 
-def _draw(session: Session, path: str, found: StatReply, depth: int, drawn: "Tree") -> None:
+def _draw(walk: _Walk, path: str, found: StatReply, depth: int, drawn: "Tree") -> None:
     if not found.is_dir:
         return
     if depth == 0:
         drawn.add("…")
         return
-    entries = _entries(session, path, found)
-    if entries is None:
-        drawn.add("(its names may not be read)", style="dim")
-        return
-    for name, entry in entries:
-        branch = drawn.add(_label(name, entry))
-        if isinstance(entry, StatReply):
-            _draw(session, _below(path, name), entry, depth - 1, branch)
+    with walk.inside(path, found):
+        entries = walk.entries(path, found)
+        if entries is None:
+            drawn.add("(its names may not be read)", style="dim")
+            return
+        for name, entry in entries:
+            branch = drawn.add(_label(name, entry))
+            if isinstance(entry, StatReply):
+                _draw(walk, _below(path, name), entry, depth - 1, branch)
 
 
 def _label(name: str, found: StatReply | CallError) -> "Text":

@@ -317,5 +317,5 @@ def test_the_overflow_uid_is_what_the_kernel_says(
     monkeypatch.setattr(owner, "_SETTING", str(tmp_path / "overflowuid"))
     assert owner.overflow_uid() == uid
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    assert "stands for all users" in owner.distrust(uid)
+    assert "stands for every uid" in owner.distrust(uid)
     assert (owner.distrust(0) == "") is (uid != 0)
