@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from srpcd import ipc
+from srpcd import ipc, passing
 from srpcd.log import Log
 from srpcd.monitor.credentials import Credentials
 from srpcd.monitor.forked import collect
@@ -69,6 +69,7 @@ class Child:
         self.started = time.monotonic()
         self.quota = Quota()
         self._spawned = spawned
+        self._refuses = all([passing.refuse_descriptors(each) for each in (spawned.socket, spawned.errors)])
         self._killed = False
         self._log = log
         self._handle = handle
@@ -138,7 +139,12 @@ class Child:
             self._log.event("error", "process-stuck", role=self.role, name=self.name, pid=self.pid, text=text)
             self._over(None)
 
+    def _bound_releases(self) -> None:
+        if not self._refuses:  # an older kernel: a child that was taken over may send descriptors
+            passing.interrupt_releases()
+
     def _requests_ready(self) -> None:
+        self._bound_releases()
         for _ in range(_PACKETS):
             if self.state is State.DONE or len(self._unread) > _UNREAD_MAX:
                 asyncio.get_running_loop().remove_reader(self._spawned.socket)
@@ -157,6 +163,7 @@ class Child:
                 self.kill(f"the monitor failed at its request: {fault!r}")
 
     def _errors_ready(self) -> None:
+        self._bound_releases()
         data = b""
         with suppress(OSError):  # nothing is there after its end
             data = self._spawned.errors.recv(4096, socket.MSG_DONTWAIT)
@@ -181,7 +188,7 @@ class Child:
         loop.remove_writer(self._spawned.socket)
         for sock in (self._spawned.socket, self._spawned.errors):
             loop.remove_reader(sock)
-            sock.close()
+            passing.close(sock.detach())
         for _message, fds, _since in self._unread:
             ipc.close_all(fds)
         self._unread.clear()
