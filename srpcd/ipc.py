@@ -372,6 +372,12 @@ class Withdraw(Message):
     announcement: int
 
 
+class DescriptorsSent(Message):
+    """The process at the other end of a local connection sends descriptors, whose release takes the gate's time."""
+
+    conn: int
+
+
 class Refusal(Message):
     """For the log: the kernel (or a rule) refused a walk, stat or call."""
 

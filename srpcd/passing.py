@@ -15,7 +15,8 @@ This module is light: workers import it.
 """
 
 import os
-from _socket import MSG_CTRUNC, SOL_SOCKET
+from _socket import AF_UNIX, MSG_CTRUNC, SOCK_STREAM, SOL_SOCKET
+from _socket import socket as make_socket
 from errno import EBADMSG, ENOPROTOOPT
 
 TYPE_CHECKING = False
@@ -52,6 +53,15 @@ def refuse_descriptors(sock: "Socket") -> bool:
     return True
 
 
+def kernel_refuses() -> bool:
+    """Return whether the kernel can refuse descriptors (Linux 6.16)."""
+    sock = make_socket(AF_UNIX, SOCK_STREAM)
+    try:
+        return refuse_descriptors(sock)
+    finally:
+        sock.close()
+
+
 def receive(sock: "Socket", size: int) -> bytes:
     """Read from a socket to which descriptors can be sent. Returns b"" at end of file.
 
@@ -79,6 +89,11 @@ def interrupt_releases() -> None:
     if not _releases.active:
         _releases.active = True
         _releases.every(TICK_SECONDS)
+
+
+def interrupted() -> bool:
+    """Whether a signal has come since `interrupt_releases` was called last: something may have waited for that long."""
+    return _releases.quiet > 0
 
 
 class _Releases:

@@ -9,7 +9,7 @@ from typing import Any
 
 from OpenSSL import SSL
 
-from srpcd import ipc
+from srpcd import ipc, passing
 from srpcd.config import Config
 from srpcd.gate import sandbox
 from srpcd.gate.channel import Channel
@@ -41,6 +41,10 @@ class Gate:
         self._tree = config.paths.tree
         self._context = context
         self._draining = False
+        self.refuses = passing.kernel_refuses()
+        """Whether the kernel refuses descriptors that peers send. Else each read is bounded, see `srpcd.passing`."""
+        if not self.refuses:
+            passing.interrupt_releases()  # what it needs is there before the sandbox is
         limits = config.limits
         shortest = min(limits.handshake_timeout, limits.authentication_timeout, limits.idle_timeout, limits.stall)
         self._interval = min(1.0, shortest / 4)
@@ -51,6 +55,12 @@ class Gate:
     def connection_ended(self, connection: Connection) -> None:
         """A connection is over."""
         self.connections.pop(connection.number, None)
+
+    def descriptors_sent(self, connection: Connection) -> None:
+        """The peer of a local connection sends descriptors: end all of that user's, unread, and tell the monitor."""
+        self.channel.send(ipc.DescriptorsSent(connection.number))
+        for each in [each for each in self.connections.values() if each.peer == connection.peer]:
+            each.end()
 
     def link_died(self, link: Link) -> None:
         """A worker is gone."""
@@ -158,7 +168,7 @@ def serve(config: Config, context: SSL.Context | None, sock: socket.socket) -> N
     """Be a gate until the monitor says that it is over, or is gone."""
     loop = Loop()
     gate = Gate(loop, config, context, sock)
-    gate.channel.send(ipc.Ready(sandbox.enter()))
+    gate.channel.send(ipc.Ready(sandbox.enter(interrupts=not gate.refuses)))
     try:
         loop.run_forever()
     except Exception as fault:

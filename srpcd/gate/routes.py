@@ -9,8 +9,9 @@ from errno import ECONNRESET
 from struct import Struct
 from typing import TYPE_CHECKING
 
-from srpcd import ipc
+from srpcd import ipc, passing
 from srpcd.gate.backlog import Backlog
+from srpcd.gate.tls import STRIKES
 from srpcd.session.effects import Forward
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.frames import APPEND, CALL, HEADER, STAT, FrameReader, frame
@@ -57,6 +58,7 @@ class Link:
         self._backlog = Backlog()
         self._holders: set[Connection] = set()
         self._failed = False
+        self._strikes = 0
         self._loop.add_reader(fd, self._readable)
 
     # --- to the worker -------------------------------------------------------------------------------------------------
@@ -194,6 +196,9 @@ class Link:
 
     def _readable(self) -> bool:
         """Take what has come. Returns whether there may be more."""
+        bounded = not self._gate.refuses
+        if bounded:
+            passing.interrupt_releases()
         try:
             if self._reader.large:
                 with self._reader.room() as room:
@@ -207,7 +212,9 @@ class Link:
             return False
         except OSError:  # ECONNRESET: it ended, and left something unread
             count = 0
-        if not count:
+        if bounded:
+            self._strikes = self._strikes + 1 if passing.interrupted() else 0
+        if not count or self._strikes >= STRIKES:
             self.die()
             return False
         pending = self._pending

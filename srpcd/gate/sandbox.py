@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from srpcd.confine import NotConfined, status
-from srpcd.gate.tls import SO_PASSRIGHTS
+from srpcd.passing import SO_PASSRIGHTS
 
 MONITOR = 3
 """The descriptor of the monitor's socket (see `srpcd.gate.__main__`)."""
@@ -65,6 +65,10 @@ ALLOWED: tuple[tuple[str, dict[int, int]], ...] = (
 )
 """System calls, and what arguments (by position) have to be. A name twice: either."""
 
+ITIMER_REAL = 0
+INTERRUPTS: tuple[tuple[str, dict[int, int]], ...] = (("setitimer", {0: ITIMER_REAL}), ("rt_sigreturn", {}))
+"""Allowed besides where the kernel can't refuse descriptors, for `srpcd.passing.interrupt_releases`."""
+
 DEADLY = (
     *("execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "kcmp"),
     *("mount", "umount2", "pivot_root", "chroot", "setns", "unshare", "open_by_handle_at"),
@@ -84,8 +88,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
-def enter() -> int:
+def enter(interrupts: bool = False) -> int:
     """Enter the sandbox, for good. Returns the version of Landlock's interface that is in force; 0: the kernel has none.
+
+    interrupts: this gate bounds the release of descriptors by signals.
 
     Raises NotConfined, OSError: whoever calls this must not go on.
     """
@@ -93,7 +99,7 @@ def enter() -> int:
         raise NotConfined("there is a second thread, which a sandbox of this one would not hold")
     if _open_something():
         raise NotConfined(f"{__file__} can't be read, so that it is refused later would prove nothing")
-    filter_ = _filter()
+    filter_ = _filter(INTERRUPTS if interrupts else ())
     version = _landlock_version()
     if version:
         _restrict(version)
@@ -157,7 +163,7 @@ def _landlock(number: int, *arguments: int | bytes | None) -> int:
 # --- seccomp -----------------------------------------------------------------------------------------------------------
 
 
-def _filter() -> Any:
+def _filter(more: tuple[tuple[str, dict[int, int]], ...]) -> Any:
     """The filter, ready to be loaded. Raises OSError."""
     # pyseccomp asks for the libraries' names. The real ctypes.util would run ldconfig, or a compiler, to find them out, and
     # brings what starts programs along.
@@ -170,7 +176,7 @@ def _filter() -> Any:
     # A call by another architecture's convention (32 bit, x32) is judged by no rule here.
     made.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     made.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)  # a binary tree of the numbers, not a list
-    for name, arguments in ALLOWED:
+    for name, arguments in ALLOWED + more:
         made.add_rule(pyseccomp.ALLOW, name, *(pyseccomp.Arg(at, pyseccomp.EQ, value) for at, value in arguments.items()))
     for name in DEADLY:
         made.add_rule(pyseccomp.KILL_PROCESS, name)

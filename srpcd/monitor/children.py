@@ -69,7 +69,7 @@ class Child:
         self.started = time.monotonic()
         self.quota = Quota()
         self._spawned = spawned
-        self._refuses = all([passing.refuse_descriptors(each) for each in (spawned.socket, spawned.errors)])
+        self._refuses = passing.refuse_descriptors(spawned.socket)
         self._killed = False
         self._log = log
         self._handle = handle

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from srpcd import passing
 from srpcd.config import Limits
 from srpcd.monitor.children import Quota
 from srpcd.monitor.launch import Identity
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from srpcd.monitor.children import Gate, Session, Worker
     from srpcd.monitor.lines import Announcement, Endpoint
 
-SO_PEERSEC, SO_PEERGROUPS, SO_PASSRIGHTS = 31, 59, 83
+SO_PEERSEC, SO_PEERGROUPS = 31, 59
 _ACCEPTS = 32
 """Connections taken in one round, so that a flood of them leaves the monitor time for everything else."""
 
@@ -93,7 +94,7 @@ class HangUps:
         self._epoll.unregister(fd)
         with contextlib.suppress(OSError):
             connection.duplicate.shutdown(socket.SHUT_RDWR)
-        connection.duplicate.close()
+        passing.close(connection.duplicate.detach())
 
     def _look(self) -> None:
         for fd, _events in self._epoll.poll(0):

@@ -12,9 +12,9 @@ import stat
 from typing import NamedTuple
 
 from srpcd.config import Listen, tcp_address
-from srpcd.monitor.connections import SO_PASSRIGHTS
 from srpcd.monitor.faults import StartFault
 from srpcd.monitor.systemd import Manager
+from srpcd.passing import refuse_descriptors
 
 _KEPT = "own-"
 """How the names in the manager's store begin. A socket unit's are the unit's name, unless it says otherwise."""
@@ -51,7 +51,7 @@ def listen(wanted: Listen, path: str, manager: Manager, personal: bool) -> Liste
     if tcp and wanted.tcp != Listen().tcp:
         warning = f"listen.tcp is not used: systemd's socket unit says {', '.join(map(address_of, tcp))}"
     for sock in local:
-        _refuse_descriptors(sock)
+        refuse_descriptors(sock)
     remove = path if wanted.local and not local and not manager.there else ""
     if not tcp:
         tcp = [_taken(kept, address, manager) or _bind(address, manager, personal) for address in wanted.tcp]
@@ -133,14 +133,8 @@ def _bind_local(path: str, personal: bool) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    _refuse_descriptors(sock)
+    refuse_descriptors(sock)
     sock.bind(path)
     os.chmod(path, 0o600 if personal else 0o666)
     sock.listen(_QUEUE)
     return sock
-
-
-def _refuse_descriptors(sock: socket.socket) -> None:
-    """Nobody can send descriptors to the gate, which would have to close them (Linux 6.16)."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)

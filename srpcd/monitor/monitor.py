@@ -33,6 +33,9 @@ from srpcd.monitor.logins import Logins
 from srpcd.monitor.requests import State, Violation, permitted, plain_path
 from srpcd.wire import limits as wire
 
+_BAN_SECONDS = 60.0
+"""For how long a local user can't connect that held up the gate: where the kernel can't prevent it (before Linux 6.16)."""
+
 START_SECONDS = 10.0
 """How long a new process may take to prove that it is confined, and an old one to end."""
 
@@ -66,6 +69,7 @@ class Monitor:
         self.workers: dict[tuple[Identity, str], Worker] = {}  # by name too: accounts may share a uid
         self.children: set[Child] = set()
         self.hang_ups = HangUps(self.connection_over)
+        self.banned: dict[str, float] = {}  # origins, and until when (monotonic seconds)
         self.numbers = count(1)
         self._dead: set[int] = set()  # sessions of workers that have ended, to be swept
         self._sweep: asyncio.Task[None] | None = None
@@ -209,6 +213,20 @@ class Monitor:
                 "info", "refused", operation=message.operation, conn=connection.number, peer=connection.peer,
                 user=session.credentials.user, endpoint="/" + message.path, errno=message.errno,
             )  # fmt: skip
+
+    def descriptors_sent(self, connection: Connection, _message: ipc.DescriptorsSent) -> None:
+        """The user of a local connection holds up the gate: end all that it has there, and accept no more for a while."""
+        self.log.event("warning", "limit", which="descriptors sent along", peer=connection.peer)
+        self.banned[connection.origin] = time.monotonic() + _BAN_SECONDS
+        for each in [each for each in self.connections() if each.origin == connection.origin]:
+            self.connection_over(each)
+
+    def is_banned(self, origin: str) -> bool:
+        """Whether connections of this origin are refused at the moment."""
+        if self.banned.get(origin, 0.0) < time.monotonic():
+            self.banned.pop(origin, None)
+            return False
+        return True
 
     # --- sessions and workers ------------------------------------------------------------------------------------------
 

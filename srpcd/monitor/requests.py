@@ -48,6 +48,7 @@ REQUESTS: dict[type[ipc.Message], Rule] = {
     ipc.Drained: Rule("gate", State.SERVING, "drained"),
     ipc.Pong: Rule("gate", State.SERVING, "pong"),
     ipc.Refusal: Rule("gate", State.SERVING, "refusal"),
+    ipc.DescriptorsSent: Rule("gate", State.SERVING, "descriptors_sent", local=True),
     ipc.Announce: Rule("gate", State.SERVING, "endpoints.announce", local=True),
     ipc.Withdraw: Rule("gate", State.SERVING, "endpoints.withdraw", local=True),
     ipc.Proved: Rule("worker", State.NEW, "proved"),

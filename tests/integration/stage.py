@@ -2,14 +2,12 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from srpc_client import blocking
-from srpcd import passing
 from tests import realm
 from tests.realm import processes
 
@@ -47,12 +45,6 @@ while head := stdin.read(20):
         stdout.write(H.pack(14, seq, 4 + len(answer)) + bytes(4) + answer)
         stdout.flush()
 """
-
-
-def kernel_refuses_descriptors() -> bool:
-    """Whether a Unix socket can refuse descriptors (Linux 6.16)."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        return passing.refuse_descriptors(sock)
 
 
 def make_directory(path: Path, owner: str = "root", group: str = "root", mode: int = 0o755) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from srpcd import passing
 from tests import realm
 from tests.hostile.puppet import Puppet, hostile_daemon, run_over_tcp
 from tests.integration import stage
@@ -141,7 +142,7 @@ def test_the_gate_of_the_network_can_not_announce(daemon: realm.Daemon) -> None:
 
 def test_no_descriptor_gets_into_the_monitor(daemon: realm.Daemon, alice: Puppet) -> None:
     code = "import array; result = attempt(lambda: MONITOR.sendmsg([b'x'], [(1, 1, array.array('i', [0]))]))"
-    if stage.kernel_refuses_descriptors():  # EPERM
+    if passing.kernel_refuses():  # EPERM
         assert alice.run(code) == "-1"
     else:
         ended_for(daemon, alice, code)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from srpc_client import blocking
+from srpcd import passing
 from tests import realm
 from tests.hostile.puppet import hostile_daemon
 from tests.integration import stage
@@ -335,7 +336,7 @@ import array
 targets = [MONITOR, *(Socket(fileno=os.dup(gate)) for gate in gates)]
 result = {attempt(lambda: each.sendmsg([b'x'], [(1, 1, array.array('i', [0]))])) for each in targets}
 """
-    if stage.kernel_refuses_descriptors():
+    if passing.kernel_refuses():
         assert run(alice, code) == {-EPERM}
     else:  # the monitor drops the descriptor, and ends the sender
         kills = len(daemon.events("process-kill"))
