@@ -8,7 +8,7 @@ from collections import deque
 from errno import EAGAIN, EBADF, EEXIST, EKEYEXPIRED
 
 from srpcd.wire.errors import RequestError
-from srpcd.wire.limits import AFIDS_MAX, FIDS_MAX, HELD_MAX, LINES_MAX, LISTENERS_MAX, PROMPTS_MAX
+from srpcd.wire.limits import AFIDS_MAX, FIDS_MAX, FIDS_TIGHT, HELD_MAX, LINES_MAX, LISTENERS_MAX, PROMPTS_MAX
 from srpcd.wire.messages import Prompt
 
 
@@ -104,11 +104,16 @@ Entry = Fid | Afid | Announcement | Reserved
 
 
 class FidTable:
-    """The numbers of one connection."""
+    """The numbers of one connection.
 
-    __slots__ = ("_counts", "entries")
+    tight: memory is short, so no more than FIDS_TIGHT fids are made.
+    """
+
+    __slots__ = ("_counts", "_paths", "entries", "tight")
 
     def __init__(self) -> None:
+        self.tight = False
+        self._paths = 0  # bytes of all fids' paths
         self.entries: dict[int, Entry] = {}
         self._counts: dict[type, int] = {Fid: 0, Afid: 0, Announcement: 0}
 
@@ -116,25 +121,33 @@ class FidTable:
         """How many of a kind there are, reserved ones included."""
         return self._counts[kind]
 
+    @property
+    def held(self) -> int:
+        """Bytes of memory that all of them take, about."""
+        return len(self.entries) * ENTRY_BYTES + self._paths
+
     def reserve(self, number: int, kind: type[Fid | Afid | Announcement]) -> None:
         """Take a number for something that is about to be made. Raises RequestError: EEXIST, EAGAIN."""
         if number in self.entries:
             raise RequestError(EEXIST)
-        if self._counts[kind] >= MAXIMA[kind]:
-            raise RequestError(
-                EAGAIN, f"{MAXIMA[kind]} {kind.__name__.lower()}s on one connection are the limit: clunk some"
-            )
+        most = FIDS_TIGHT if self.tight and kind is Fid else MAXIMA[kind]
+        if self._counts[kind] >= most:
+            raise RequestError(EAGAIN, f"{most} {kind.__name__.lower()}s on one connection are the limit: clunk some")
         self.entries[number] = Reserved(kind)
         self._counts[kind] += 1
 
     def bind(self, number: int, entry: Fid | Afid | Announcement) -> None:
         """Put into a reserved number what it stands for."""
         self.entries[number] = entry
+        if isinstance(entry, Fid):
+            self._paths += len(entry.path)
 
     def release(self, number: int) -> None:
         """Free a number, reserved or bound."""
         entry = self.entries.pop(number)
         self._counts[entry.kind if isinstance(entry, Reserved) else type(entry)] -= 1
+        if isinstance(entry, Fid):
+            self._paths -= len(entry.path)
 
     def fid(self, number: int) -> Fid:
         """The place that a number stands for. Raises RequestError: EBADF, EKEYEXPIRED."""
@@ -149,7 +162,11 @@ class FidTable:
         """Forget everything."""
         self.entries.clear()
         self._counts = dict.fromkeys(self._counts, 0)
+        self._paths = 0
 
+
+ENTRY_BYTES = 400
+"""Bytes of memory that one number takes, beside its path (measured: 340 for a fid)."""
 
 MAXIMA: dict[type, int] = {Fid: FIDS_MAX, Afid: AFIDS_MAX, Announcement: LISTENERS_MAX}
 """How many of each kind one connection may have."""

@@ -21,7 +21,20 @@ from srpcd.session.rules import LIMITS, RULES, State, refusals
 from srpcd.wire import frames, messages
 from srpcd.wire.errors import ProtocolError, RequestError
 from srpcd.wire.frames import CALL, CALL_REPLY, HEADER, METADATA_LENGTH, FrameReader, apart, call_head, frame
-from srpcd.wire.limits import LARGE, METADATA_MAX, NAME_MAX, OUTSTANDING_MAX, PATH_MAX, PAYLOAD_MAX, STAT_REPLY_MAX
+from srpcd.wire.limits import (
+    APPEND_REPLY_MAX,
+    LARGE,
+    METADATA_MAX,
+    NAME_MAX,
+    OUTSTANDING_MAX,
+    OUTSTANDING_TIGHT,
+    PATH_MAX,
+    PAYLOAD_MAX,
+    STAT_REPLY_MAX,
+)
+
+REQUEST_BYTES = 500
+"""Bytes of memory that one outstanding request takes beside what it carries, with what the gate keeps for it."""
 
 SESSIONS_KEPT = 256
 """Sessions of one connection after which those are looked for that no fid belongs to any more."""
@@ -45,7 +58,7 @@ class Session(frames.Receiver):
         self.closed = False
         self._local = local
         self._tree = tree
-        self._limit = outstanding
+        self._limit = self._most = outstanding
         self._state = State.STRANGER
         self._reader = FrameReader(LIMITS[State.STRANGER], call_head)
         self._refused = refusals(State.STRANGER, local)
@@ -67,6 +80,26 @@ class Session(frames.Receiver):
     def partial(self) -> bool:
         """Whether the peer is in the middle of a message: what has come of it is kept."""
         return self._reader.partial
+
+    @property
+    def partials(self) -> int:
+        """How many messages have begun without being whole so far."""
+        return self._reader.partials
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the message in progress lacks, or its header."""
+        return self._reader.missing
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of memory that the message in progress takes."""
+        return self._reader.held
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that fids and outstanding requests take, about."""
+        return self._fids.held + len(self._outstanding) * REQUEST_BYTES
 
     @property
     def busy(self) -> bool:
@@ -116,6 +149,11 @@ class Session(frames.Receiver):
             self.out.append(messages.error_frame(fault.seq, fault.errno, fault.message))
             self.effects.append(effects.Close(self.end()))
 
+    def tighten(self, tight: bool) -> None:
+        """Allow fewer fids and outstanding requests while memory is short. Those that are there stay."""
+        self._fids.tight = tight
+        self._limit = min(self._most, OUTSTANDING_TIGHT) if tight else self._most
+
     def drain(self) -> None:
         """The daemon is shutting down: no new work from now on."""
         self._enter(State.DRAINING)
@@ -133,6 +171,7 @@ class Session(frames.Receiver):
         """
         left = self._replies.forwards()
         self.closed = True
+        self._reader.clear()
         for each in (self._replies, self._fids, self._authentications, self._announcements, self._attachments):
             each.clear()
         return left
@@ -248,6 +287,9 @@ class Session(frames.Receiver):
                 self.failed(forward, EILSEQ)
                 return
             reply = messages.encode(messages.AppendReply(text))
+            if len(reply) > APPEND_REPLY_MAX:
+                self.failed(forward, EMSGSIZE, "the answer has too many characters that JSON escapes: make a call instead")
+                return
             self._replies.finish(forward, frame(frames.APPEND_REPLY, seq, reply))
 
     def failed(self, forward: Forward, errno: int, message: str = "") -> None:

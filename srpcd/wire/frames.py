@@ -9,7 +9,16 @@ from io import SEEK_CUR, BytesIO
 from struct import Struct
 
 from srpcd.wire.errors import ProtocolError
-from srpcd.wire.limits import APPEND_MAX, CALL_MAX, JSON_MAX, LARGE, METADATA_MAX, PAYLOAD_MAX, STAT_REPLY_MAX, STRANGER_MAX
+from srpcd.wire.limits import (
+    APPEND_MAX,
+    APPEND_REPLY_MAX,
+    CALL_MAX,
+    JSON_MAX,
+    LARGE,
+    METADATA_MAX,
+    STAT_REPLY_MAX,
+    STRANGER_MAX,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,7 +96,7 @@ REPLIES = {
     ATTACH_REPLY: JSON_MAX,
     WALK_REPLY: JSON_MAX,
     STAT_REPLY: STAT_REPLY_MAX,
-    APPEND_REPLY: 6 * PAYLOAD_MAX + JSON_MAX,
+    APPEND_REPLY: APPEND_REPLY_MAX,
     CLUNK_REPLY: JSON_MAX,
     CALL_REPLY: CALL_MAX,
     FLUSH_REPLY: 0,
@@ -176,13 +185,15 @@ class FrameReader:
     large: bytes that are missing of a body that is being collected, where these were LARGE. They may be read straight into
     `room`, or fed as any others.
     payload: of the frame that was yielded last, where that is apart from its body; else empty.
+    partials: how many frames have begun without being whole so far. It tells whether the one in progress is still the same.
     """
 
-    __slots__ = ("_begun", "_collected", "_head", "_missing", "_pending", "_room", "large", "limits", "payload")
+    __slots__ = ("_begun", "_collected", "_head", "_missing", "_pending", "_room", "large", "limits", "partials", "payload")
 
     def __init__(self, limits: "Mapping[int, int]", head: "Callable[[int, bytes], int] | None" = None) -> None:
         self.limits = limits
         self.large = 0
+        self.partials = 0
         self.payload = b""
         self._head = head
         self._pending = bytearray()  # the beginning of a frame whose rest has not come yet
@@ -214,6 +225,7 @@ class FrameReader:
             body = self._collected.getvalue()
             self._begun = None
             self._collected = BytesIO()
+            self._room = 0
             if head:
                 self.payload = body
                 yield kind, seq, head
@@ -250,6 +262,7 @@ class FrameReader:
             if end == offset:
                 return
             self._missing = 20 - (end - offset)
+        self.partials += 1
         self._pending += data[offset:] if offset else data
 
     def divert(self) -> "tuple[int, bytes, bytes, int] | None":
@@ -265,6 +278,7 @@ class FrameReader:
         missing, self.large = self.large, 0
         beginning = self._collected.getvalue()[: self._collected.tell()]
         self._collected = BytesIO()
+        self._room = 0
         return seq, head, beginning, missing
 
     @property
@@ -272,13 +286,36 @@ class FrameReader:
         """Whether the beginning of a frame is waiting for its rest."""
         return self._missing > 0 or self._begun is not None
 
+    @property
+    def missing(self) -> int:
+        """Bytes after which the frame in progress, or its header, is whole."""
+        return self.large or self._missing
+
+    @property
+    def expected(self) -> int:
+        """Bytes that the large frame in progress takes when it is whole; 0 if there is none."""
+        return self._collected.tell() + self.large if self._begun is not None else 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that are used for the frame in progress."""
+        return len(self._pending) + self._room
+
+    def clear(self) -> None:
+        """Drop the frame in progress. Nothing may be fed afterwards."""
+        self.large = self._missing = self._room = 0
+        self._begun = None
+        self._pending = bytearray()
+        self._collected = BytesIO()
+
     def _begin(self, kind: int, seq: int, beginning: bytes, missing: int) -> None:
         """Collect a large frame's body. beginning: what has come of it."""
         size = self._head(kind, beginning) if self._head is not None else 0
         self._begun = (kind, seq, beginning[:size])
-        self.large = missing + len(beginning) - size
-        self._room = 0
-        self._keep(memoryview(beginning)[size:])
+        self.partials += 1
+        # No room is made yet: the reader of the stream may have to wait until it may take the rest.
+        self._room = self._collected.write(memoryview(beginning)[size:])
+        self.large = missing
 
     def room(self) -> memoryview:
         """Where the next bytes of the large frame belong, or some of them. To be released before anything else is done."""
@@ -320,6 +357,11 @@ class Receiver:
     def large(self) -> int:
         """Bytes that are still to come of a large frame that has begun; else 0."""
         return self._reader.large
+
+    @property
+    def expected(self) -> int:
+        """Bytes that this frame takes when it is whole; else 0."""
+        return self._reader.expected
 
     def room(self) -> memoryview:
         """Where the next of them belong. To be released, and `filled` told, before `receive`."""

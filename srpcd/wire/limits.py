@@ -33,6 +33,10 @@ CALL_MAX = PAYLOAD_MAX + METADATA_MAX + 12
 APPEND_MAX = PAYLOAD_MAX + 64 * KIB
 """Bytes of the JSON body of an append. Escapes may make text six times as long; whoever sends much uses call."""
 
+APPEND_REPLY_MAX = APPEND_MAX
+"""Bytes of the JSON body of an append's reply. A text that escapes make longer than this is answered with an error: else a
+handler could have a gate hold six times 16 MiB for one answer."""
+
 JSON_MAX = 64 * KIB
 """Bytes of any other JSON request: two paths of PATH_MAX in the longest JSON escapes (6 bytes for each) fit."""
 
@@ -90,6 +94,9 @@ AFIDS_MAX = 64
 
 OUTSTANDING_MAX = 1024
 """Requests of one connection that are not yet answered. One more is answered EAGAIN."""
+
+FIDS_TIGHT, OUTSTANDING_TIGHT = 256, 64
+"""The same two of a connection whose user holds more of the gate's memory than is left for others."""
 
 LISTENERS_MAX = 256
 """Announcements of one connection."""

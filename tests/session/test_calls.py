@@ -69,6 +69,16 @@ def test_an_append_on_an_endpoint_is_a_call_with_text(peer: Peer) -> None:
     assert peer.ask(frames.APPEND, messages.Append(3, "x" * (limits.PAYLOAD_MAX + 1))) == EMSGSIZE
 
 
+@pytest.mark.parametrize(("character", "whole"), [("x", True), ("\1", False)])
+def test_an_answer_in_text_takes_no_more_than_a_message_in_json(peer: Peer, character: str, whole: bool) -> None:
+    seq = peer.send(frames.APPEND, messages.Append(3, ""))
+    text = character * limits.PAYLOAD_MAX
+    peer.session.called(peer.effect(Forward), messages.call_reply_body(text.encode()))
+    assert sum(map(len, peer.session.out)) < limits.APPEND_REPLY_MAX + frames.HEADER.size
+    assert peer.replies() == [(frames.APPEND_REPLY, seq, {"data": text}) if whole else (ERROR, seq, EMSGSIZE)]
+    assert not peer.session.closed
+
+
 @pytest.mark.parametrize("body", [b"", b"123", b"\0\0\0\1", b"\xff\xff\xff\xffxxxx", b"\0\1\0\1" + bytes(70000)])
 @pytest.mark.parametrize("kind", [CALL, frames.APPEND])
 def test_a_malformed_reply_is_an_error_of_that_call_alone(peer: Peer, body: bytes, kind: int) -> None:

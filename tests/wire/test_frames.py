@@ -308,3 +308,32 @@ def test_the_first_frame_of_a_line_is_json_that_fits_into_one_write(
         return  # no account is called that, and JSON could not say it
     caller = messages.decode(messages.Caller, body)
     assert caller == messages.Caller(uid, gid, list(groups) if len(groups) < 500 else None, user, context or None, endpoint)
+
+
+def test_a_reader_tells_what_it_keeps_of_a_frame_and_what_is_missing() -> None:
+    reader = FrameReader(frames.REQUESTS, frames.call_head)
+    assert (reader.partials, reader.missing, reader.held, reader.expected) == (0, 0, 0, 0)
+    assert list(reader.feed(frame(frames.PING, 1)[:5])) == []
+    assert (reader.partials, reader.missing, reader.held, reader.expected) == (1, 15, 5, 0)
+    assert len(list(reader.feed(frame(frames.PING, 1)[5:]))) == 1
+    assert (reader.partials, reader.missing, reader.held) == (1, 0, 0)
+    size = 10 * limits.LARGE
+    body = messages.call_body(3, bytes(size))
+    whole = frame(frames.CALL, 2, body)
+    assert list(reader.feed(whole[:1000])) == []
+    head = len(body) - size
+    assert (reader.partials, reader.missing, reader.expected) == (2, len(whole) - 1000, size)
+    assert reader.held == 1000 - 20 - head  # no room is made before it is asked for
+    reader.room().release()
+    assert reader.held >= limits.LARGE
+    assert len(list(reader.feed(whole[1000:]))) == 1
+    assert (reader.partials, reader.missing, reader.held, reader.expected) == (2, 0, 0, 0)
+
+
+@pytest.mark.parametrize("come", [5, 1000, 200_000])
+def test_a_reader_that_is_cleared_keeps_nothing(come: int) -> None:
+    reader = FrameReader(frames.REQUESTS, frames.call_head)
+    assert list(reader.feed(frame(frames.CALL, 2, messages.call_body(3, bytes(limits.MIB)))[:come])) == []
+    assert (reader.partial, reader.held > 0) == (True, True)
+    reader.clear()
+    assert (reader.partial, reader.large, reader.missing, reader.held, reader.expected) == (False, 0, 0, 0, 0)
