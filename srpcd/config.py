@@ -21,6 +21,12 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 MEMORY_MIN, MEMORY_MAX = 16 << 20, 1 << 50
 """Bytes: what a user's worker and one small program need to get anywhere, and more than there is anywhere."""
 
+GATE_BYTES, CONNECTION_BYTES = 64 << 20, 256 << 10
+"""Bytes of a gate without connections, with room, and at most for one connection beside the gate's budget."""
+
+GATE_MEMORY_MIN = 64 << 20
+"""Bytes: a user who takes all that a gate gives to one leaves room for a call of another user of the largest size."""
+
 
 RUNTIME_MAX = 107 - len("/srpc.sock")
 """Bytes of paths.runtime: sockaddr_un holds 108, one of them for the NUL at the end."""
@@ -79,6 +85,9 @@ class Limits(Section, frozen=True):
     strangers: connections on which nobody has authenticated yet. outstanding: requests of one connection.
     lines_per_worker, workers: of the whole daemon. buffer: bytes that may wait for one slow reader before it is no
     longer read for. stall: whoever takes nothing for so long, or stops in the middle of a message, is disconnected.
+    pace: bytes per second; whoever sends a large message, or takes what waits, more slowly for longer than `stall` is
+    disconnected. memory: bytes that one gate may hold of large messages and of what waits, a number or a string as in
+    `users.memory`; a user gets as much of it as is still free.
     """
 
     connections: Count = 1024
@@ -98,6 +107,8 @@ class Limits(Section, frozen=True):
     drain: Seconds = 10.0
     stall: Seconds = 20.0
     buffer: Annotated[int, msgspec.Meta(ge=65536, le=1 << 30)] = 4 * 1024 * 1024
+    pace: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 16 * 1024
+    memory: int | str = "256M"
 
 
 class Users(Section, frozen=True):
@@ -251,10 +262,14 @@ def _check(config: Config) -> None:
         raise ConfigError(f"authentication.pam_service: {service!r} is not the name of a file in /etc/pam.d")
     if config.gate_user == config.local_gate_user:
         raise ConfigError("local_gate_user: the two kinds of gates need accounts of their own")
-    try:
-        size(config.users.memory)
-    except ValueError as fault:
-        raise ConfigError(f"users.memory: {config.users.memory!r}: {fault}") from None
+    for name, value, least in (
+        ("users.memory", config.users.memory, MEMORY_MIN),
+        ("limits.memory", config.limits.memory, GATE_MEMORY_MIN),
+    ):
+        try:
+            size(value, least)
+        except ValueError as fault:
+            raise ConfigError(f"{name}: {value!r}: {fault}") from None
     if "root" in config.authentication.allow:
         raise ConfigError("authentication.allow: root can't be allowed: no call is ever made as root")
 
@@ -269,15 +284,24 @@ def tcp_address(address: str) -> tuple[str, int]:
     return str(ipaddress.IPv4Address(host)), int(port)
 
 
-def size(value: int | str) -> int:
-    """The bytes that `users.memory` stands for. Raises ValueError with the reason."""
+def size(value: int | str, least: int = MEMORY_MIN) -> int:
+    """The bytes that `users.memory` or `limits.memory` stands for. Raises ValueError with the reason."""
     number, unit = (value[:-1], value[-1:]) if isinstance(value, str) and value[-1:] in "KMG" else (str(value), "")
     if not number.isdecimal() or not number.isascii() or len(number) > 16:
         raise ValueError("not a number of bytes, nor one with K, M or G behind it")
     found = int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
-    if not MEMORY_MIN <= found <= MEMORY_MAX:
-        raise ValueError(f"not from {MEMORY_MIN >> 20}M, which a worker needs, to {MEMORY_MAX >> 30}G")
+    if not least <= found <= MEMORY_MAX:
+        raise ValueError(f"not from {least >> 20}M, which is needed at least, to {MEMORY_MAX >> 30}G")
     return found
+
+
+def gates_memory(limits: Limits) -> int:
+    """Bytes that all gates together may come to: the limit of their control group.
+
+    A gate keeps its budget. Each connection costs CONNECTION_BYTES beside it: TLS, fids, what has come of a message. Four
+    gates: two kinds, and as many again that serve their last connections after a reload.
+    """
+    return 4 * (GATE_BYTES + size(limits.memory, GATE_MEMORY_MIN) + limits.connections * CONNECTION_BYTES)
 
 
 def renew(old: Config, new: Config) -> tuple[Config, list[str]]:

@@ -84,6 +84,18 @@ def keep_memory(size: int) -> None:
     mallopt(_M_MMAP_THRESHOLD, size)
 
 
+def memory_releaser() -> "Callable[[], object]":
+    """A function that gives what was freed back to the kernel, wherever in the heap it lies (malloc_trim(3)).
+
+    With a C library that has no such function it does nothing.
+    """
+    try:
+        trim = function("malloc_trim", Int, UnsignedLong)
+    except OSError:
+        return lambda: None
+    return lambda: trim(0)
+
+
 def failed(what: str) -> "NoReturn":
     """Raise the OSError of the function that was just called. what: for its message."""
     errno = get_errno()

@@ -63,14 +63,16 @@ class Records:
     active: OpenSSL works on memory, so both directions have to go through here. It does so from the first large transfer on,
     because the memory (a portion) is not worth making for each, until little is sent several times, or `rest` is called.
     moved: how many encrypted bytes the socket has taken since it is so.
+    held: bytes of memory that OpenSSL uses for what was encrypted, about. It gives none back before `rest`.
     waits: encrypted bytes are left that the socket did not take.
     owes: so it is, and they are OpenSSL's own and not of what was to be sent: `receive` sends them.
     """
 
-    __slots__ = ("_ahead", "_outgoing", "_pointer", "_small", "_socket", "_ssl", "_tls", "active", "moved", "waits")
+    __slots__ = ("_ahead", "_outgoing", "_pointer", "_small", "_socket", "_ssl", "_tls", "active", "held", "moved", "waits")
 
     def __init__(self, tls: SSL.Connection, socket: Any) -> None:
         self.active = False
+        self.held = 0
         self.moved = 0
         self.waits = False
         self._tls = tls
@@ -105,6 +107,7 @@ class Records:
             if size <= 0:
                 self._raise(size)
             self._ahead = size
+            self.held = max(self.held, size)
         if self._small > _SMALL_MAX:
             self.rest()
         return done
@@ -216,6 +219,7 @@ class Records:
             lib.SSL_set_fd(self._ssl, self._socket.fileno())  # frees what was set before
             self._on_socket()
             self.active = False
+            self.held = 0
             self._outgoing = None
 
     def _begin(self) -> None:
@@ -255,6 +259,7 @@ class Records:
                 sent = self._socket.send(ffi.buffer(self._pointer[0], size))
             except BlockingIOError:
                 self.waits = True
+                self.held = max(self.held, size)
                 if size > _WAITING_MAX:
                     raise SSL.Error([("records", "", "the other end asks again and again, and takes no answer")]) from None
                 return False

@@ -3,25 +3,29 @@
 An event (bytes from the client, an answer from a worker, a message from the monitor) is given to the session, and then
 `settle` carries out what the session wants: requests go to their links, which write once, and replies to the client with
 one send. A client that does not take its replies is not read from, and past the same bound neither are the workers that
-have calls of it; so nothing here grows without a bound, and `check` ends whoever makes the others wait too long.
+have calls of it. A large message is read only when its memory is reserved (`srpcd.gate.budget`). So nothing here grows
+without a bound, and `check` ends connections that make others wait too long.
 """
 
 import sys
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
-from errno import EACCES, ECANCELED, ECONNRESET, EPERM
+from errno import EACCES, ECANCELED, ECONNRESET, EPERM, ETIMEDOUT
 from typing import TYPE_CHECKING, Any
 
 from srpcd import ipc
 from srpcd.gate.answers import CALLS, OPERATIONS, Refusals, give
 from srpcd.gate.backlog import Backlog
+from srpcd.gate.budget import LOCAL_PEER, Holding
 from srpcd.gate.conversation import Conversations
+from srpcd.gate.deadlines import Deadlines
 from srpcd.gate.routes import Link, Route
 from srpcd.gate.tls import Plain, TransportError
 from srpcd.session import effects
 from srpcd.session.effects import Effect, Forward
 from srpcd.session.session import Session
+from srpcd.wire.limits import LARGE
 from srpcd.wire.messages import Prompt
 
 if TYPE_CHECKING:
@@ -36,10 +40,6 @@ seconds (growing), it is asked again."""
 
 LINGER = 2.0
 """Seconds in which a client that broke the protocol may take the error before the connection is ended."""
-
-
-REST = 1.0
-"""Seconds without traffic after which a connection needs no room for large transfers."""
 
 
 class Stage(IntEnum):
@@ -68,15 +68,18 @@ class Connection:
         self._stage = Stage.HANDSHAKE
         self._reading = self._writing = False
         self._backlog = Backlog()
-        self._moved = 0  # what the transport said last
         self._full = False  # the backlog was over its limit, and is not yet under half of it
         self._held: list[Link] = []
         self._routes: dict[int, Route] = {}
         self._resumes: dict[int, Route] = {}
         self._resume_number = RESUME_REQUESTS
         self._waiting = 0  # bytes that wait for another worker
+        self._holding = Holding(gate.budget, gate.share(peer))
+        self._kept = 0  # bytes of memory that fids and outstanding requests took at the last check
+        self._parked = False  # a large message waits for its memory
         self._conversations: Conversations = Conversations(gate.loop, self._prompted)
-        self._since = self._active = self._stranger = self._between = self._loop.time()
+        self._since = self._loop.time()
+        self._deadlines = Deadlines(gate.limits, self._since, records=transport.records)
         self._refusals = Refusals()
 
     def start(self) -> None:
@@ -85,7 +88,7 @@ class Connection:
 
     # --- the client ----------------------------------------------------------------------------------------------------
 
-    def _guard(self, action: Callable[[], None]) -> None:
+    def _guard(self, action: Callable[[], object]) -> None:
         """Whatever happens in one connection ends that one and no other."""
         try:
             action()
@@ -103,7 +106,7 @@ class Connection:
     def _handshake(self) -> None:
         if self._transport.handshake():
             self._stage = Stage.OPEN
-            self._active = self._stranger = self._loop.time()
+            self._deadlines.opened(self._loop.time())
         self.update()
 
     def _read(self) -> None:
@@ -111,19 +114,24 @@ class Connection:
             if not self._reading and not self._transport.wants_write:
                 return  # stopped between the event and now
             count = 0
-            if self.session.large:
+            large = self.session.large
+            if large:
+                if not self._holding.reserved and not self._reserve():
+                    return
                 with self.session.room() as room:
                     count, data = self._transport.recv_into(room)
                 self.session.filled(count)
             else:
                 data = self._transport.recv()
             if data or count:
-                self._active = self._loop.now
+                self._deadlines.active = self._loop.now
                 self.session.receive(data or b"")
+                if large and large <= count + len(data or b""):
+                    self._holding.unreserve()  # it is whole. Where it is still here, it is held by what `update` counts
                 self._settle()
             elif data is None:
                 if self._reading:  # some of a TLS record has come, which is all that a slow sender gets through in a while
-                    self._between = self._loop.now
+                    self._deadlines.between = self._loop.now
                 self.update()
             else:
                 self.end()
@@ -131,6 +139,17 @@ class Connection:
             self._handshake()
         elif self._stage is Stage.LINGERING and self._transport.discard():
             self.end()
+
+    def _reserve(self) -> bool:
+        """Reserve memory for the large message that has begun, or stop reading until there is some."""
+        reserved = self._holding.reserve(self.session.expected, self._reserve_again)
+        if reserved is self._parked:
+            self._parked = not reserved
+            self.update()
+        return reserved
+
+    def _reserve_again(self) -> None:
+        self._guard(self._reserve)
 
     def _write(self) -> None:
         if self._stage is Stage.HANDSHAKE:
@@ -163,7 +182,7 @@ class Connection:
             for link in self.links:
                 link.flush()
         if session.out and self._stage < Stage.LINGERING:
-            self._active = self._loop.now
+            self._deadlines.active = self._loop.now
             if session.bulky:
                 session.bulky = False
                 now = self._loop.time()
@@ -182,11 +201,17 @@ class Connection:
                 return
             self.update()
 
+    def _count(self) -> None:
+        self._holding.hold(self._backlog.held + self._waiting + self._kept + self._transport.held)
+
     def update(self) -> None:
         """Read and write what the bounds allow now."""
         stage, size, limit = self._stage, self._backlog.size, self._limits.buffer
         if stage is Stage.ENDED:
             return
+        self._count()
+        if size > LARGE and self._holding.over:
+            limit = LARGE
         if stage is Stage.CLOSING and not size:
             self._transport.finish()
             stage = self._stage = Stage.LINGERING
@@ -205,7 +230,7 @@ class Connection:
             reading = False  # it would get no further: TLS has to answer first
         elif stage is Stage.OPEN:
             others = self._gate.channel.congested or any(link.congested for link in self.links)
-            reading = not (self._full or self._waiting > limit or others)
+            reading = not (self._full or self._parked or self._waiting > limit or others)
         else:
             reading = stage is not Stage.CLOSING
         writing = size > 0 or owing
@@ -224,27 +249,24 @@ class Connection:
 
     def check(self, now: float) -> None:
         """End the connection if one of its times is over."""
-        limits, session, stage = self._limits, self.session, self._stage
-        if stage is Stage.OPEN:
-            if session.known or session.serving:
-                self._stranger = now
-            if self._moved != self._transport.moved:  # some of a portion that TLS was given as one: it is not stuck
-                self._moved = self._transport.moved
-                self._backlog.since = now
-            if not (self._reading and session.partial):
-                self._between = now  # two messages, or it can't go on because of us; `_read` has a third reason
-            quiet = not session.busy and not session.serving
-            if now - self._active > REST:
-                self._transport.rest()
-            over = (
-                (self._backlog.size > 0 and now - self._backlog.since > limits.stall)
-                or now - max(self._between, self._active) > limits.stall
-                or now - self._stranger > limits.authentication_timeout
-                or (quiet and now - self._active > limits.idle_timeout)
-            )
+        session, stage = self.session, self._stage
+        if stage is not Stage.OPEN:
+            if now - self._since > (self._limits.handshake_timeout if stage is Stage.HANDSHAKE else LINGER):
+                self.end()
+            return
+        reason = self._deadlines.over(
+            now, session, self._backlog, self._transport, reading=self._reading, hurried=self._holding.greedy
+        )
+        if reason is None:
+            self._kept = session.held
+            self._count()
+            session.tighten(self._holding.over)
+        elif reason:
+            session.warned(ETIMEDOUT, reason)
+            self._close(session.end())
+            self.settle()
+            self._guard(self.update)
         else:
-            over = now - self._since > (limits.handshake_timeout if stage is Stage.HANDSHAKE else LINGER)
-        if over:
             self.end()
 
     # --- the end -------------------------------------------------------------------------------------------------------
@@ -278,6 +300,8 @@ class Connection:
         self._loop.remove_writer(self._fd)
         self._release(self.session.end())
         self._backlog.clear()
+        self._holding.clear()
+        self.session.out.clear()
         self._transport.close()
         self._gate.connection_ended(self)
 
@@ -290,6 +314,9 @@ class Connection:
 
     def _release(self, left: list[Forward]) -> None:
         """Let go of everything that belongs to the session."""
+        self._holding.unreserve()
+        self._parked = False
+        self._kept = self._waiting = 0
         links, self.links = self.links, set()
         for link in links:
             link.forget(self, left)
@@ -315,6 +342,8 @@ class Connection:
 
     def attached(self, request: int, session: int, link: Link | None, number: int) -> None:
         """An attach, or a resume, is granted."""
+        if link is not None:
+            link.join(self._holding, by_uid=self.peer.startswith(LOCAL_PEER))
         resumed = self._resumes.pop(request, None)
         route = resumed or self._routes.setdefault(session, Route(session))
         route.number = number

@@ -6,12 +6,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 from OpenSSL import SSL
 
-from srpcd import ipc, passing
-from srpcd.config import Config
+from srpcd import ipc, libc, passing
+from srpcd.config import Config, size
 from srpcd.gate import sandbox
+from srpcd.gate.budget import LOCAL_PEER, Budget, Share
 from srpcd.gate.channel import Channel
 from srpcd.gate.connection import Connection
 from srpcd.gate.loop import Loop
@@ -28,15 +30,25 @@ DRAIN_CHECK = 0.05
 LAST_WORDS = 1.0
 """Seconds in which clients may take their last replies, after the time for the shutdown."""
 
+RELEASED_BYTES = 1 << 20
+"""Memory that was freed is given back to the kernel, once a second, when it is so much. Less is kept for what comes next."""
+
 
 class Gate:
-    """One gate. context: of TLS; None: the gate of the local socket."""
+    """One gate. context: of TLS; None: the gate of the local socket.
+
+    budget: of the memory.
+    """
 
     def __init__(self, loop: Loop, config: Config, context: SSL.Context | None, sock: socket.socket) -> None:
         self.loop = loop
         self.limits = config.limits
         self.connections: dict[int, Connection] = {}
         self.links: dict[int, Link] = {}
+        self.budget = Budget(size(config.limits.memory), self._memory_freed)
+        self._unattached = Share()
+        self._uids: WeakValueDictionary[str, Share] = WeakValueDictionary()
+        self._release_memory = libc.memory_releaser()
         self.channel = Channel(loop, sock, self._dispatch, self._congestion_changed)
         self._tree = config.paths.tree
         self._context = context
@@ -113,14 +125,32 @@ class Gate:
         for connection in list(self.connections.values()):
             connection.update()
 
+    # --- memory --------------------------------------------------------------------------------------------------------
+
+    def share(self, peer: str) -> Share:
+        """The share of a connection that is not attached to a worker: of its uid, or of all such connections."""
+        return self._uids.setdefault(peer, Share()) if peer.startswith(LOCAL_PEER) else self._unattached
+
+    def _memory_freed(self) -> None:
+        self.loop.call_soon(self.budget.offer)
+
+    def _trim(self) -> None:
+        """Give memory back to the kernel. malloc keeps what lies between two blocks that are in use, which is most of it."""
+        budget = self.budget
+        if budget.peak - budget.held >= RELEASED_BYTES:
+            self._release_memory()
+            budget.peak = budget.held
+
     # --- time ----------------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         now = self.loop.time()
+        self.budget.look()
         for connection in list(self.connections.values()):
             connection.check(now)
         for link in list(self.links.values()):
             link.check(now, self.limits.stall, self.limits.call_timeout + WORKER_MARGIN)
+        self._trim()
         self.loop.call_later(self._interval, self._check)
 
     def _drain(self, seconds: float) -> None:

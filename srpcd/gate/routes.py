@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from srpcd import ipc, passing
 from srpcd.gate.backlog import Backlog
+from srpcd.gate.budget import Holding, Share
+from srpcd.gate.pace import Transfer
 from srpcd.gate.tls import STRIKES
 from srpcd.session.effects import Forward
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.frames import APPEND, CALL, HEADER, STAT, FrameReader, frame
-from srpcd.wire.limits import NAME_MAX, READ_SIZE
+from srpcd.wire.limits import LARGE, NAME_MAX, READ_SIZE
 
 if TYPE_CHECKING:
     from srpcd.gate.connection import Connection
@@ -56,10 +58,20 @@ class Link:
         self._out: list[bytes] = []
         self._out_size = 0
         self._backlog = Backlog()
-        self._holders: set[Connection] = set()
+        self._holding = Holding(gate.budget, Share())
+        self._holders: set[Connection | Link] = set()
+        self._incoming = Transfer(gate.limits)
+        self._outgoing = Transfer(gate.limits)
         self._failed = False
         self._strikes = 0
         self._loop.add_reader(fd, self._readable)
+
+    def join(self, holding: Holding, *, by_uid: bool) -> None:
+        """Count what this link holds and what a connection holds for one origin: the connection's uid, or this worker."""
+        if by_uid:
+            self._holding.move(holding.share)
+        else:
+            holding.move(self._holding.share)
 
     # --- to the worker -------------------------------------------------------------------------------------------------
 
@@ -145,7 +157,13 @@ class Link:
         if oldest != self._oldest:
             self._oldest, self._oldest_since = oldest, now
         hung = oldest and now - self._oldest_since > patience and not self._holders
-        if hung or (self._backlog.size and now - self._backlog.since > stall):
+        reader, backlog = self._reader, self._backlog
+        hurried = self._holding.greedy
+        number = reader.partials if reader.partial else 0
+        slow = self._incoming.late(now, number, -reader.missing, reader.held, hurried=hurried, halted=bool(self._holders))
+        number = backlog.number if backlog.size else 0
+        slow = self._outgoing.late(now, number, backlog.taken, backlog.held, hurried=hurried) or slow
+        if hung or slow or (backlog.size and now - backlog.since > stall):
             self.die()
 
     def _put(self, data: bytes) -> None:
@@ -166,7 +184,8 @@ class Link:
             self._loop.add_writer(self._fd, self._writable)
         else:
             self._loop.remove_writer(self._fd)
-        limit = self._gate.limits.buffer
+        self._holding.hold(self._backlog.held)
+        limit = LARGE if self._holding.over else self._gate.limits.buffer
         if self.congested if size <= limit // 2 else not self.congested and size > limit:
             self.congested = not self.congested
             for connection in list(self.users):
@@ -180,27 +199,39 @@ class Link:
 
     # --- from the worker -----------------------------------------------------------------------------------------------
 
-    def hold(self, connection: "Connection") -> None:
-        """Don't read: this connection has no room for answers."""
+    def hold(self, holder: "Connection | Link") -> None:
+        """Stop reading: this connection has no room for answers, or the link no memory for a large one."""
         if not self._holders and not self._failed:
             self._loop.remove_reader(self._fd)
-        self._holders.add(connection)
+        self._holders.add(holder)
 
-    def release(self, connection: "Connection") -> None:
-        """The connection has room again."""
-        if connection in self._holders:
-            self._holders.discard(connection)
+    def release(self, holder: "Connection | Link") -> None:
+        """The holder has room again."""
+        if holder in self._holders:
+            self._holders.discard(holder)
             if not self._holders and not self._failed:
                 self._oldest_since = self._loop.time()  # its answers could not come meanwhile
                 self._loop.add_reader(self._fd, self._readable)
 
+    def _reserve(self) -> bool:
+        """Reserve memory for the large answer that has begun, or stop reading until there is some."""
+        reserved = self._holding.reserve(self._reader.expected, self._reserve)
+        if reserved:
+            self.release(self)
+        else:
+            self.hold(self)
+        return reserved
+
     def _readable(self) -> bool:
         """Take what has come. Returns whether there may be more."""
+        large = self._reader.large
+        if large and not self._holding.reserved and not self._failed and not self._reserve():
+            return False
         bounded = not self._gate.refuses
         if bounded:
             passing.interrupt_releases()
         try:
-            if self._reader.large:
+            if large:
                 with self._reader.room() as room:
                     count = os.readv(self._fd, [room])
                 self._reader.filled(count)
@@ -217,6 +248,8 @@ class Link:
         if not count or self._strikes >= STRIKES:
             self.die()
             return False
+        if large and large <= count:
+            self._holding.unreserve()  # it is whole, and the connection's from now on
         pending = self._pending
         touched: dict[Connection, None] = {}
         try:
@@ -267,6 +300,7 @@ class Link:
         self._loop.remove_writer(self._fd)
         os.close(self._fd)
         self._backlog.clear()
+        self._holding.clear()
         self._out.clear()
         self._gate.link_died(self)
         pending, self._pending = self._pending, {}

@@ -32,6 +32,7 @@ MONITOR = 3
 TIMER_ABSTIME = 1
 FIONBIO, FUTEX_WAKE_PRIVATE = 0x5421, 0x81
 PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, MREMAP_MAYMOVE = 0b11, 0x22, 1
+MADV_DONTNEED = 4
 
 ALLOWED: tuple[tuple[str, dict[int, int]], ...] = (
     ("read", {}),
@@ -55,6 +56,7 @@ ALLOWED: tuple[tuple[str, dict[int, int]], ...] = (
     ("mmap", {2: PROT_READ_WRITE, 3: MAP_PRIVATE_ANONYMOUS}),  # nothing executable, no file, no fixed address
     ("mremap", {3: MREMAP_MAYMOVE}),
     ("munmap", {}),
+    ("madvise", {2: MADV_DONTNEED}),  # malloc_trim: what is free between two blocks goes back to the kernel
     ("futex", {1: FUTEX_WAKE_PRIVATE}),  # pthread_once wakes those who wait for it, even if nobody does
     ("getrandom", {}),  # OpenSSL, every few minutes
     ("getpid", {}),  # OpenSSL, to see that it was not forked

@@ -39,10 +39,14 @@ class DescriptorsSent(TransportError):
 class Plain:
     """A connection on the local socket.
 
-    moved: changes when the client has taken something that `send` could not tell of yet. refuses: the kernel refuses
-    descriptors that the client sends; else each read is bounded (`srpcd.passing`).
+    moved: grows when the client has taken something that `send` could not tell of yet.
+    held: bytes of memory that TLS uses for what it sends.
+    records: whether bytes come in TLS records, of which nothing is seen before they are whole.
+    refuses: the kernel refuses descriptors that the client sends; else each read is bounded (`srpcd.passing`).
     """
 
+    records = False
+    held = 0
     moved = 0
     wants_write = False
 
@@ -128,6 +132,8 @@ class Tls(Plain):
     wants_write: TLS has something of its own to send before it can go on.
     """
 
+    records = True
+
     def __init__(self, sock: socket.socket, context: SSL.Context) -> None:
         self.sock = sock
         self._ready = False
@@ -187,6 +193,10 @@ class Tls(Plain):
     @property
     def moved(self) -> int:  # type: ignore[override]
         return self._records.moved
+
+    @property
+    def held(self) -> int:  # type: ignore[override]
+        return self._records.held
 
     def send(self, data: bytes | memoryview) -> int:
         try:

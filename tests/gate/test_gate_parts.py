@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srpcd import ipc
-from srpcd.config import Config
+from srpcd.config import Config, Limits
 from srpcd.gate.answers import REFUSALS, Refusals, give
 from srpcd.gate.backlog import Backlog
+from srpcd.gate.budget import Budget
 from srpcd.gate.conversation import prompt
 from srpcd.gate.gate import Gate
 from srpcd.gate.loop import Loop
@@ -208,7 +209,8 @@ def test_messages_for_connections_that_are_over_are_dropped_with_their_descripto
 def test_a_worker_that_was_not_listened_to_is_not_taken_for_hung() -> None:
     clock = [0.0]
     here, there = ipc.socket_pair(socket.SOCK_STREAM)
-    link = Link(Mock(loop=Mock(time=lambda: clock[0])), 1, here.detach())
+    gate = Mock(loop=Mock(time=lambda: clock[0]), limits=Limits(), budget=Budget(1 << 30, Mock()))
+    link = Link(gate, 1, here.detach())
     connection = Mock(number=3, peer="192.0.2.7")
     link.send(connection, Forward(frames.CALL, 1, Fid(b"echo", Attachment(5)), bytes(4)))
     link.check(0.0, 20.0, 65.0)

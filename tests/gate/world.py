@@ -311,7 +311,7 @@ class World:
             for sock in (theirs, ours):
                 sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), size)
         self._conn += 1
-        self.tell(ipc.Connection(self._conn, "127.0.0.1:9"), (theirs.fileno(),))
+        self.tell(ipc.Connection(self._conn, options.pop("peer", "127.0.0.1:9")), (theirs.fileno(),))
         theirs.close()
         client = Client(self.kind, ours, self._conn, **options)
         self.clients.append(client)

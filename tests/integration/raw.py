@@ -199,6 +199,13 @@ class Raw:
             view = view[self._tls.write(view) :]
             self._flush()
 
+    def sealed(self, data: bytes) -> bytes:
+        """The bytes that `send` would put on the wire."""
+        if self._tls is None:
+            return data
+        self._tls.write(data)
+        return self._outgoing.read()
+
     def send_some(self, data: bytes) -> int:
         """Send what goes without waiting, and no TLS is in the way; how much it was (0: the server does not read)."""
         assert self._tls is None
