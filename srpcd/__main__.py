@@ -164,7 +164,7 @@ def _groups(config: Config, manager: Manager, log: Log, personal: bool) -> Group
     elif not config.users.cgroups:
         log.event("warning", "cgroups", state="not used", reason="users.cgroups is false")
     else:
-        return Groups(cgroups.delegated(), config.users)
+        return Groups(cgroups.delegated(), config)
     return None
 
 

@@ -1,7 +1,7 @@
 """Control groups (cgroups(7), version 2): what one user may take of the machine, and an end for all that a worker started.
 
     <unit>/monitor           the monitor, and its forks of a moment
-          /gates             the gates
+          /gates             the gates: memory derived from their budget
           /authentication    PAM children
           /users/u<uid>      one user: memory, tasks and CPU weight as configured
                  u<uid>/w<n> one worker and its programs, which are ended together, whatever sessions they made
@@ -16,7 +16,7 @@ from contextlib import suppress
 from errno import EBUSY, ENODATA
 from itertools import count
 
-from srpcd.config import Users, size
+from srpcd.config import Config, gates_memory, size
 from srpcd.monitor.faults import StartFault
 
 _MOUNT = "/sys/fs/cgroup"
@@ -52,9 +52,9 @@ class Groups:
     leaves: directories by role in the launch table, and of the monitor. Raises StartFault.
     """
 
-    def __init__(self, unit: str, users: Users) -> None:
+    def __init__(self, unit: str, config: Config) -> None:
         self._users = f"{unit}/users"
-        self._limits = users
+        self._config = config
         self._numbers = count(1)
         self.leaves = {role: f"{unit}/{name}" for role, (name, _weight) in _LEAVES.items()}
         try:
@@ -65,6 +65,7 @@ class Groups:
                 _write(f"{inner}/cgroup.subtree_control", _CONTROLLERS)
             for role, (_name, weight) in _LEAVES.items():
                 _write(f"{self.leaves[role]}/cpu.weight", str(weight))
+            self._limit_gates()
             os.stat(f"{unit}/cgroup.kill")  # Linux 5.14
         except OSError as fault:
             raise StartFault(f"control groups: {fault.filename or unit}: {fault.strerror}") from None
@@ -84,22 +85,31 @@ class Groups:
             raise
         return leaf
 
-    def configure(self, users: Users) -> None:
-        """Other limits, for new groups. `limit_all` sets them for those who are here."""
-        self._limits = users
+    def configure(self, config: Config) -> None:
+        """Use other limits for new groups. `limit_all` sets them for those that are here."""
+        self._config = config
 
     def limit_all(self) -> None:
         """Set the limits for everybody. May take its time: whoever has more than that is made to shrink. Raises OSError."""
+        self._limit_gates()
         for name in os.listdir(self._users):
             if name[0] == "u":
                 with suppress(FileNotFoundError):  # his last worker has just ended
                     self._limit(f"{self._users}/{name}")
 
-    def _limit(self, group: str) -> None:
-        users = self._limits
-        _write(f"{group}/memory.max", str(size(users.memory)))
+    def _limit_gates(self) -> None:
+        # A backstop: a gate keeps its budget itself. If it does not, the kernel ends the largest gate and never the monitor.
+        self._limit_memory(self.leaves["gate"], gates_memory(self._config.limits))
+
+    @staticmethod
+    def _limit_memory(group: str, most: int) -> None:
+        _write(f"{group}/memory.max", str(most))
         with suppress(FileNotFoundError):  # a kernel that does not count swap
             _write(f"{group}/memory.swap.max", "0")  # else whoever is over his limit keeps the disk busy for everybody
+
+    def _limit(self, group: str) -> None:
+        users = self._config.users
+        self._limit_memory(group, size(users.memory))
         _write(f"{group}/pids.max", str(users.tasks))
         _write(f"{group}/cpu.weight", str(users.cpu_weight))
         # memory.oom.group stays 0: the kernel ends the largest process, which is the hog and rarely the worker.

@@ -134,12 +134,12 @@ class Monitor:
         self.log.configure(config.log.format, config.log.level)
         if (old.limits, old.program_path) != (config.limits, config.program_path):
             self.workers.clear()
-        if self.groups and old.users != config.users:
-            self.groups.configure(config.users)
+        if self.groups and (old.users, old.limits) != (config.users, config.limits):
+            self.groups.configure(config)
             try:
                 await in_child(self.groups.limit_all)
             except StartFault as fault:
-                self.log.event("error", "warning", text=f"users with workers keep the limits that they had: {fault}")
+                self.log.event("error", "warning", text=f"control groups keep the limits that they had: {fault}")
 
     def all_workers(self) -> list[Worker]:
         """Those that new sessions do not get any more too."""
