@@ -21,7 +21,7 @@ from srpcd.gate.budget import LOCAL_PEER, Holding
 from srpcd.gate.conversation import Conversations
 from srpcd.gate.deadlines import Deadlines
 from srpcd.gate.routes import Link, Route
-from srpcd.gate.tls import Plain, TransportError
+from srpcd.gate.tls import DescriptorsSent, Plain, TransportError
 from srpcd.session import effects
 from srpcd.session.effects import Effect, Forward
 from srpcd.session.session import Session
@@ -92,6 +92,8 @@ class Connection:
         """Whatever happens in one connection ends that one and no other."""
         try:
             action()
+        except DescriptorsSent:
+            self._gate.descriptors_sent(self)
         except TransportError:
             self.end()
         except Exception as fault:
