@@ -26,8 +26,8 @@ def start(code: Path) -> Iterator[Callable[..., World]]:
     """Start gates: kind, and limits as in the configuration. Whatever they say on standard error is a failure."""
     worlds: list[World] = []
 
-    def make(kind: str = "local", **limits: Any) -> World:
-        world = World(code, kind, limits)
+    def make(kind: str = "local", program: str = "strict.py", **limits: Any) -> World:
+        world = World(code, kind, limits, program)
         worlds.append(world)
         return world
 

@@ -4,6 +4,7 @@ import json
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable
 from errno import ECONNRESET, EKEYEXPIRED, EMSGSIZE, EPROTO, ESHUTDOWN
@@ -228,6 +229,48 @@ def test_a_client_can_not_pass_descriptors_to_a_gate(local: World) -> None:
         client.send(frame(PING, 1))  # the kernel refuses them (SO_PASSRIGHTS)
     assert client.frame()[0] == frames.PING_REPLY
     assert len(os.listdir(f"/proc/{local.pid}/fd")) == before
+
+
+def send_lingering(sender: socket.socket, kept: list[socket.socket]) -> None:
+    """Send a ping, and with it the last descriptor of a socket whose release waits for a minute."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as tcp:
+        kept.append(listener.accept()[0])
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+        tcp.setblocking(False)
+        try:
+            while True:
+                tcp.send(bytes(65536))
+        except BlockingIOError:
+            pass
+        socket.send_fds(sender, [frame(PING, 1)], [tcp.fileno()])
+
+
+def test_descriptors_that_are_slow_to_release_hold_up_no_other_client(start: Callable[..., World]) -> None:
+    """On a kernel that can't refuse them: all connections of that user end, and the monitor is told."""
+    local = start("local", program="older.py")
+    mallory, again, other = local.connect(), local.connect(), local.connect(peer="uid:2")
+    assert other.ask(PING)
+    kept: list[socket.socket] = []
+    for _ in range(5):
+        send_lingering(mallory.sock, kept)
+        send_lingering(again.sock, kept)
+    assert other.ask(PING)
+    assert mallory.over()
+    assert again.over()
+    assert other.ask(PING)
+    assert len(local.heard(ipc.DescriptorsSent)) == 1
+    for each in kept:
+        each.close()
+
+
+def test_an_honest_client_of_a_gate_on_an_older_kernel_is_served_as_ever(start: Callable[..., World]) -> None:
+    local = start("local", program="older.py")
+    client = local.connect()
+    client.log_in()
+    client.walk("echo")
+    end = time.monotonic() + 1.0  # in which ten signals come
+    while time.monotonic() < end:
+        assert client.call(b"x" * 1000) == b"x" * 1000
 
 
 def test_nothing_is_left_of_connections_that_are_over(world: World) -> None:

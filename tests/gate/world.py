@@ -62,6 +62,14 @@ runpy.run_path(here + "/srpcd/gate/__main__.py", run_name="__main__")
 """
 """The gate's program, in a sandbox that ends it where the real one only says no: what an honest gate does is all allowed."""
 
+OLDER = """
+import os, sys
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from srpcd import passing
+passing.SO_PASSRIGHTS = 9999
+"""
+"""The same on a kernel that can't refuse descriptors."""
+
 UID = 64111 if os.getuid() == 0 else os.getuid()
 GID = 64112 if os.getuid() == 0 else os.getgid()
 PACKAGES = ("OpenSSL", "cryptography", "msgspec", "cffi", "typing_extensions.py", "pyseccomp.py")
@@ -82,6 +90,7 @@ def copy_code() -> Path:
                 (place / "site").mkdir(exist_ok=True)
                 shutil.copy(source, place / "site" / name)
     (place / "strict.py").write_text(STRICT)
+    (place / "older.py").write_text(OLDER + STRICT)
     subprocess.run([sys.executable, "-m", "compileall", "-q", place], check=True)
     subprocess.run(["chmod", "-R", "a+rX", place], check=True)
     return place
