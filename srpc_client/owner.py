@@ -22,12 +22,14 @@ def distrust(uid: int) -> str:
 
     The overflow uid is not, also where it is this process's own: inside a user namespace any user's socket has it.
     """
+    if uid == 0:  # the usual case; a service in a domain of SELinux's may not read the kernel's settings
+        return ""
     if uid == overflow_uid():
         return (
             f"has uid {uid}, which stands for every uid that is not mapped: inside a user namespace that "
             "does not map the server's uid nothing tells whose it is; map that uid (and root's), connect from outside, or "
             "use TLS"
         )
-    if uid not in (0, os.geteuid()):
+    if uid != os.geteuid():
         return f"belongs to uid {uid}, and only root or you may serve it"
     return ""
