@@ -1,4 +1,4 @@
-"""The files that a service touches: its endpoint's pipe in the tree, and the pipes of its callers' lines.
+"""The files that a service touches: its endpoint's pipe in the tree, and the sockets of its callers' lines.
 
 Both are found by descriptor, element by element and through no symlink: a service may run with more rights than whoever
 can write next to it.
@@ -6,17 +6,20 @@ can write next to it.
 
 import grp
 import os
+import socket
 import stat
-from errno import EACCES, EEXIST, EINVAL, ELOOP, ENOENT, ENOTDIR, ENXIO, EPERM
+import struct
+from errno import EACCES, ECONNREFUSED, EEXIST, EINVAL, ELOOP, ENOENT, ENOTDIR, EPERM
 
 from srpc_client.errors import SrpcError, UntrustedServer
 from srpc_client.owner import distrust
+from srpcd import passing
 from srpcd.wire.errors import WireError
 from srpcd.wire.messages import split_aname
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-_WRITE = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_LINK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def refuse_mode(mode: int) -> None:
@@ -172,60 +175,45 @@ def _explained(fault: OSError, path: str) -> SrpcError:
     return SrpcError(errno, f"{path}: {sentences.get(errno, fault.strerror)}")
 
 
-def open_line(socket_path: str, line: int) -> tuple[int, int]:
-    """The pipes of a line of ours, both non-blocking: (to read requests from, to write replies to).
+def open_line(socket_path: str, line: int) -> int:
+    """Connect a line of ours. Returns its descriptor, a Unix stream socket, not blocking, which takes no descriptors.
 
     socket_path: of the daemon's local socket. line: the id that a listen told.
-    Raises UntrustedServer where anything on the way is not a directory or pipe of root's or our own: whoever can make
-    such a thing could pass himself off as any caller. SrpcError (ENXIO, ENOENT) where the caller has gone already.
+    Raises UntrustedServer where anything on the way, or who listens, is not root or ourselves: such a one could pass himself
+    off as any caller. SrpcError (ENOENT, ECONNREFUSED) where the caller has gone already.
     """
     uid = os.geteuid()
     where = os.path.dirname(socket_path) or "."
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        directory = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        passing.refuse_descriptors(connected)
+        file = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for element in ("lines", str(uid), str(line)):
+            for element, kind in (("lines", stat.S_IFDIR), (str(uid), stat.S_IFDIR), (str(line), stat.S_IFSOCK)):
                 where = os.path.join(where, element)
-                inner = os.open(element, _DIRECTORY, dir_fd=directory)
-                os.close(directory)
-                directory = inner
-                _check_owner(os.fstat(directory), where)
-            receive = _open_pipe("recv", directory, _READ, where)
-            try:
-                return receive, _open_pipe("send", directory, _WRITE, where)
-            except BaseException:
-                os.close(receive)
-                raise
+                inner = os.open(element, _LINK, dir_fd=file)
+                os.close(file)
+                file = inner
+                found = os.fstat(file)
+                _check_owner(found.st_uid, where)
+                if stat.S_IFMT(found.st_mode) != kind:
+                    what = "directory" if kind == stat.S_IFDIR else "socket"
+                    raise UntrustedServer(message=f"{where} is no {what}, where the daemon makes one: it is not used")
+            connected.connect(f"/proc/self/fd/{file}")  # that very file, whatever is at its path by now
         finally:
-            os.close(directory)
+            os.close(file)
+        _check_owner(struct.unpack("iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1], where)
+        return connected.detach()
     except SrpcError:
         raise
     except OSError as fault:
-        if fault.errno in (ENOTDIR, ELOOP):
-            raise UntrustedServer(message=f"{where}: a symlink or a file, where the daemon makes a directory") from None
         errno = fault.errno or EINVAL
-        gone = "its caller has gone" if errno in (ENOENT, ENXIO) else fault.strerror
-        raise SrpcError(errno, f"line {line} can't be opened: {gone}") from None
+        gone = "its caller has gone" if errno in (ENOENT, ECONNREFUSED) else fault.strerror
+        raise SrpcError(errno, f"line {line} can't be connected: {gone}") from None
+    finally:
+        connected.close()
 
 
-def _open_pipe(name: str, directory: int, flags: int, where: str) -> int:
-    # Looked at before it is opened: opening alone can have effects (a device, a tape).
-    _check_pipe(os.stat(name, dir_fd=directory, follow_symlinks=False), f"{where}/{name}")
-    fd = os.open(name, flags, dir_fd=directory)
-    try:
-        _check_pipe(os.fstat(fd), f"{where}/{name}")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _check_pipe(found: os.stat_result, path: str) -> None:
-    if not stat.S_ISFIFO(found.st_mode):
-        raise UntrustedServer(message=f"{path} is no named pipe: it is not opened")
-    _check_owner(found, path)
-
-
-def _check_owner(found: os.stat_result, path: str) -> None:
-    if reason := distrust(found.st_uid):
+def _check_owner(uid: int, path: str) -> None:
+    if reason := distrust(uid):
         raise UntrustedServer(message=f"{path} {reason}: it is not used")

@@ -1,4 +1,4 @@
-"""One caller's line on an asyncio loop: requests are read from one pipe, replies are written to the other.
+"""One caller's line on an asyncio loop: requests are read from it, and replies are written to it.
 
 A line is either *handled* (each request goes straight to a handler) or *listened to* (`async for request in line`).
 A caller who does not take his replies is not served any further until he does, and then he is not read either: what he
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from srpc_client import pipes
 from srpc_client.errors import ConnectionLost
 from srpc_client.handling import HIGH_WATER, Caller, HandlerCore, Request, begin, fail_with, finish
+from srpcd import passing
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.limits import PAYLOAD_MAX
 
@@ -40,7 +41,7 @@ _log = logging.getLogger("srpc_client")
 
 
 class Line:
-    """A line. receive, send: descriptors of its two pipes, not blocking; the line closes them.
+    """A line. receive, send: its descriptors, not blocking; the line closes them. Of a socket both are the same one.
 
     handler: None if it is to be listened to: then it is an async iterator of requests. An async context manager.
     """
@@ -50,6 +51,7 @@ class Line:
         self._core.on_answer = self._submit
         self._receive = receive
         self._send = send
+        self._source = passing.source(receive) if receive == send else receive
         self._handler = handler
         self._loop = asyncio.get_running_loop()
         self._requests: deque[Request] = deque()
@@ -140,7 +142,7 @@ class Line:
 
     def _on_readable(self) -> None:
         try:
-            requests = pipes.receive(self._receive, self._core)
+            requests = pipes.receive(self._source, self._core)
         except BlockingIOError:
             return
         except ProtocolError as fault:
@@ -269,8 +271,9 @@ class Line:
         self._hear()
         self._read_on()
         self._loop.remove_writer(self._send)
-        os.close(self._receive)
-        os.close(self._send)
+        passing.let_go(self._source)
+        for fd in {self._receive, self._send}:
+            os.close(fd)
         self._core.end()
         self._requests.clear()
         self._unsent = b""
@@ -293,7 +296,7 @@ class Line:
         await self._over.wait()
 
     async def close(self) -> None:
-        """End the line. What was answered is still sent as far as the pipe takes it; what was not, fails for its caller."""
+        """End the line. What was answered is still sent as far as the line takes it; what was not, fails for its caller."""
         self._flush()
         self._end()
 

@@ -145,10 +145,11 @@ class Announcement:
         address = self._announcer.address
         try:
             core = HandlerCore(self._pipe.endpoint)
-            line = Line(*open_line(address.path, number), self.handler, core)
+            fd = open_line(address.path, number)
         except SrpcError as fault:
             _log.warning("%s: %s", self.path, fault)
             return
+        line = Line(fd, fd, self.handler, core)
         self._lines.add(line)
         core.on_caller = lambda caller: self._callers.came(caller, line)
         line.on_over = self._gone

@@ -426,16 +426,22 @@ class GateOver(Message):
     gate: int
 
 
-class Line(Message):
-    """A line: two descriptors, (write end of recv, read end of send). dev, ino: of the endpoint."""
+class LineExpected(Message):
+    """A service was told to connect a line: `Line` or `LineOver` follows. dev, ino: of the endpoint."""
 
     line: int
     dev: int
     ino: int
 
 
+class Line(Message):
+    """A service has connected a line: one descriptor, a Unix stream socket, in which the first frame was sent."""
+
+    line: int
+
+
 class Lines(Message):
-    """Answer to LinesWanted, after the `Line`s that there are now. errno 0: permitted, and further lines will come by
+    """Answer to LinesWanted, after `LineExpected` for each line. errno 0: permitted, and further lines will come by
     themselves when somebody announces; else the probe's errno (EACCES, ENOENT, ESTALE …) or EAGAIN."""
 
     dev: int

@@ -7,7 +7,7 @@ data waits for the linger time, which its sender chose; only a signal ends that 
 Since Linux 6.16 a receiver can refuse such messages before they are queued (SO_PASSRIGHTS): `refuse_descriptors`. Where the
 kernel can't do that, three things bound what a peer gains by sending descriptors:
 
-  - `receive` finds out that some came, so that the connection is ended at the first time;
+  - `receive` finds out that some came, so that the connection is ended the first time;
   - `interrupt_releases` sends SIGALRM to the own process while it is active, so that one release waits TICK_SECONDS at most;
   - `close` bounds the release of what was never read.
 
@@ -23,6 +23,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
     from _socket import socket as Socket
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
+    Receive: TypeAlias = Callable[[Any, int], bytes]
+    """Reads so many bytes from a source; as os.read."""
 else:
     import _signal  # what is behind `signal`, without its enums
 
@@ -62,23 +67,57 @@ def kernel_refuses() -> bool:
         sock.close()
 
 
+def source(fd: int) -> "int | Socket":
+    """Refuse descriptors on a Unix stream socket. Returns what it is read by.
+
+    That is `fd` itself, for read(2); where the kernel can't refuse them, a socket object, for `receive` and `let_go`.
+    """
+    sock = make_socket(AF_UNIX, SOCK_STREAM, 0, fd)
+    return sock.detach() if refuse_descriptors(sock) else sock
+
+
+def let_go(source: "int | Socket") -> None:
+    """Leave the descriptor of a source to its owner, who closes it."""
+    if not isinstance(source, int):
+        source.detach()
+
+
 def receive(sock: "Socket", size: int) -> bytes:
     """Read from a socket to which descriptors can be sent. Returns b"" at end of file.
 
     Raises OSError (EBADMSG) where descriptors came along: the connection is to be ended. BlockingIOError.
     """
-    interrupt_releases()
     data, _ancillary, flags, _address = sock.recvmsg(size)
-    if flags & MSG_CTRUNC:
-        raise OSError(EBADMSG, "a descriptor was sent along")
+    _check(flags)
     return data
 
 
-def close(fd: int) -> None:
-    """Close a socket to which descriptors can have been sent."""
+def receive_into(sock: "Socket", buffer: memoryview) -> int:
+    """The same, into a buffer. Returns how many bytes."""
+    count, _ancillary, flags, _address = sock.recvmsg_into([buffer])
+    _check(flags)
+    return count
+
+
+def receive_bounded(sock: "Socket", size: int) -> bytes:
+    """As `receive`, with `interrupt_releases`: for the daemon's processes, which have no other use for SIGALRM."""
+    interrupt_releases()
+    return receive(sock, size)
+
+
+def _check(flags: int) -> None:
+    if flags & MSG_CTRUNC:
+        raise OSError(EBADMSG, "a descriptor was sent along")
+
+
+def close(*fds: int) -> None:
+    """Close sockets to which descriptors can have been sent."""
+    if not fds:
+        return
     _releases.every(CLOSE_SECONDS)
     try:
-        os.close(fd)
+        for fd in fds:
+            os.close(fd)
     finally:
         _releases.every(TICK_SECONDS if _releases.active else 0.0)
 

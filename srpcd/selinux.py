@@ -20,6 +20,8 @@ SELINUXFS = "/sys/fs/selinux"
 ATTRIBUTES = "/proc/thread-self/attr"
 """Of the thread: those of another one, even of the same process, can't be written."""
 
+_CREATING = ("fscreate", "sockcreate")
+
 _STATUS = Struct("=5I")  # version, sequence, enforcing, policyload, deny_unknown (selinux_kernel_status)
 _PERMISSIVE = 1  # flag of an answer: this domain alone is in permissive mode
 _TRIES = 3
@@ -77,7 +79,7 @@ def set_exec(context: str) -> None:
 
 @contextmanager
 def creating(label: str) -> Iterator[None]:
-    """What this thread makes meanwhile carries `label` from the first moment; nothing special for the empty one.
+    """Files and sockets that this thread makes meanwhile carry `label` from the first moment; empty: nothing special.
 
     Raises OSError, also where the label can't be taken back: what was made must then not be used.
     """
@@ -86,11 +88,15 @@ def creating(label: str) -> Iterator[None]:
         return
     reserve = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
     try:
-        _set("fscreate", label)
+        for attribute in _CREATING:
+            _set(attribute, label)
         yield
     finally:
         os.close(reserve)  # so that there is a descriptor with which to take it back
-        _set("fscreate", "\n")  # as the kernel would have it: none
+        try:
+            _set(_CREATING[0], "\n")  # as the kernel would have it: none
+        finally:
+            _set(_CREATING[1], "\n")
 
 
 def label(fd: int) -> str:

@@ -125,12 +125,12 @@ def test_the_release_of_a_lingering_socket_is_interrupted(
     sender, receiver = pair
     if how != "close":
         sender.send(b"honest")
-        assert passing.receive(receiver, 100) == b"honest"
+        assert passing.receive_bounded(receiver, 100) == b"honest"
     send_lingering(sender)
     begun = time.monotonic()
     if how == "read":
         with pytest.raises(OSError, match="descriptor"):
-            passing.receive(receiver, 100)
+            passing.receive_bounded(receiver, 100)
     else:
         passing.close(receiver.detach())
     assert time.monotonic() - begun < LINGER_SECONDS / 3
@@ -138,7 +138,7 @@ def test_the_release_of_a_lingering_socket_is_interrupted(
 
 def test_the_signals_stop_when_nothing_is_read_any_more(pair: Pair) -> None:
     pair[0].send(b"x")
-    passing.receive(pair[1], 1)
+    passing.receive_bounded(pair[1], 1)
     assert signal.getitimer(signal.ITIMER_REAL)[1] == pytest.approx(passing.TICK_SECONDS)
     end = time.monotonic() + 10 * passing.QUIET_TICKS * passing.TICK_SECONDS * realm.PACE
     while signal.getitimer(signal.ITIMER_REAL)[0] and time.monotonic() < end:

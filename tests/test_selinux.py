@@ -231,14 +231,15 @@ def attributes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 def test_a_label_for_new_files_is_taken_back_whatever_happens(attributes: list[tuple[str, str]]) -> None:
+    made, undone = [("fscreate", PIPE), ("sockcreate", PIPE)], [("fscreate", "\n"), ("sockcreate", "\n")]
     with selinux.creating(PIPE):
-        assert attributes == [("fscreate", PIPE)]
+        assert attributes == made
     with pytest.raises(ZeroDivisionError), selinux.creating(PIPE):
         raise ZeroDivisionError
-    assert attributes == [("fscreate", PIPE), ("fscreate", "\n")] * 2
+    assert attributes == [*made, *undone] * 2
     with selinux.creating(""):
         pass
-    assert len(attributes) == 4
+    assert len(attributes) == 8
 
 
 def test_a_label_for_new_files_can_be_taken_back_when_no_descriptor_is_left(
@@ -246,12 +247,14 @@ def test_a_label_for_new_files_can_be_taken_back_when_no_descriptor_is_left(
 ) -> None:
     """Else all that is made from then on would carry it: whoever has the monitor run out of them would end all service."""
     monkeypatch.setattr(selinux, "ATTRIBUTES", str(tmp_path))
-    (tmp_path / "fscreate").touch()
+    files = [tmp_path / "fscreate", tmp_path / "sockcreate"]
+    for file in files:
+        file.touch()
     held: list[int] = []
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         with selinux.creating(PIPE):
-            assert (tmp_path / "fscreate").read_text() == PIPE
+            assert [file.read_text() for file in files] == [PIPE, PIPE]
             resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
             with contextlib.suppress(OSError):  # EMFILE, soon
                 while len(held) < 100:
@@ -261,7 +264,7 @@ def test_a_label_for_new_files_can_be_taken_back_when_no_descriptor_is_left(
         for fd in held:
             os.close(fd)
     assert len(held) < 100
-    assert (tmp_path / "fscreate").read_text() == "\n" + PIPE[1:]  # a file; the kernel's knows no rest
+    assert [file.read_text() for file in files] == ["\n" + PIPE[1:]] * 2  # files; the kernel's know no rest
 
 
 @needs_no_selinux
@@ -559,39 +562,51 @@ async def test_a_probe_asks_about_the_pipe_and_each_directory_of_the_way(
 
 
 class Served:
-    """A register with an endpoint, a server and a caller."""
+    """A register with an endpoint, a server and a caller. connected: what came of lines: descriptors, or -1."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, uid: int) -> None:
         os.mkfifo(directory / "echo")
         self.directory = directory / "lines"
-        self.register: Register[str] = Register(str(self.directory), os.getuid(), True)
+        self.connected: list[int] = []
+        self.register: Register[str] = Register(
+            str(self.directory), os.getuid(), True, lambda _number, _line, fd: self.connected.append(fd)
+        )
         chain = [os.open(directory / name, os.O_PATH) for name in (".", "echo")]
         endpoint = self.register.endpoint("echo", chain, os.getuid())
         assert endpoint is not None
         self.endpoint: Endpoint[str] = endpoint
-        self.server = Announcement(1, os.getuid(), lambda _line: None, lambda: None)
+        self.server = Announcement(1, uid, lambda _line: None, lambda: None)
 
-    def make(self) -> tuple[int, int, int]:
+    def make(self) -> int:
         """A line."""
         caller = (20_000, 20_000, (), STAFF, "alice")
         return self.register.make_line(self.endpoint, self.server, "worker", caller)
 
+    async def connect(self, number: int) -> socket.socket:
+        """Connect it, as its service would, and wait until the register has noticed."""
+        before, sock = len(self.connected), socket.socket(socket.AF_UNIX)
+        sock.connect(str(self.directory / str(self.server.uid) / str(number)))
+        async with asyncio.timeout(5):
+            while len(self.connected) == before:
+                await asyncio.sleep(0.001)
+        return sock
+
     def names(self) -> list[str]:
         """What is left of lines in the file system."""
-        return [path.name for path in self.directory.rglob("*") if path.name != str(os.getuid())]
+        return [path.name for path in self.directory.rglob("*") if path.name != str(self.server.uid)]
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Any:
+async def served(tmp_path: Path) -> Any:
     """The same, cleared away."""
-    made = Served(tmp_path)
+    made = Served(tmp_path, os.getuid())
     yield made
-    for fd in made.endpoint.chain:
+    for fd in [*made.endpoint.chain, *(fd for fd in made.connected if fd >= 0)]:
         os.close(fd)
     made.register.close()
 
 
-def test_pipes_of_a_line_are_made_under_the_endpoints_label_and_its_directory_is_not(
+async def test_the_socket_of_a_line_is_made_under_the_endpoints_label_and_its_directory_is_not(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[str, str]] = []
@@ -603,38 +618,43 @@ def test_pipes_of_a_line_are_made_under_the_endpoints_label_and_its_directory_is
 
     monkeypatch.setattr(selinux, "label", lambda fd: PIPE if fd == served.endpoint.chain[-1] else "another")
     monkeypatch.setattr(selinux, "_set", record)
-    number, recv, send = served.make()
-    assert told == [("fscreate", PIPE), ("fscreate", "\n")]
-    assert before == [[str(number)], [str(number), "recv", "send"]]
+    number = served.make()
+    assert told == [("fscreate", PIPE), ("sockcreate", PIPE), ("fscreate", "\n"), ("sockcreate", "\n")]
+    assert before == [[], [], [str(number)], [str(number)]]
     assert served.register.lines[number].label == PIPE
-    hold = served.register.lines[number].recv
-    assert hold is not None
-    assert f'"context":"{STAFF}"'.encode() in os.read(hold, 4096)
-    os.close(recv)
-    os.close(send)
+    with await served.connect(number) as sock:
+        assert f'"context":"{STAFF}"'.encode() in sock.recv(4096)
+    assert served.names() == []
 
 
-@pytest.mark.parametrize("what", ["label", "fscreate", "clear", "mkfifo"])
-def test_there_is_no_line_where_its_label_fails(served: Served, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+@pytest.mark.parametrize("what", ["label", "fscreate", "sockcreate", "clear", "bind"])
+async def test_there_is_no_line_where_its_label_fails(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
     told: list[str] = []
+    before = set(os.listdir("/proc/self/fd"))
 
     def fail(*_: object) -> Any:
         raise PermissionError(EACCES, what)
 
-    def tell(_attribute: str, value: str) -> None:
+    def tell(attribute: str, value: str) -> None:
         told.append(value)
-        if (what, value) in (("fscreate", PIPE), ("clear", "\n")):
+        if (what, value) in ((attribute, PIPE), ("clear", "\n")):
             fail()
+        if (what, value) == ("bind", PIPE):
+            (served.directory / str(os.getuid()) / "1").mkdir(exist_ok=True)
 
     monkeypatch.setattr(selinux, "label", fail if what == "label" else lambda _fd: PIPE)
     monkeypatch.setattr(selinux, "_set", tell)
-    if what == "mkfifo":
-        monkeypatch.setattr(os, "mkfifo", fail)
     with pytest.raises(OSError):  # noqa: PT011
         served.make()
+    if what == "bind":
+        (served.directory / str(os.getuid()) / "1").rmdir()
     assert served.names() == []
     assert served.register.lines == {}
-    assert told == {"label": [], "fscreate": [PIPE, "\n"], "clear": [PIPE, "\n"], "mkfifo": [PIPE, "\n"]}[what]
+    assert set(os.listdir("/proc/self/fd")) == before
+    both = [PIPE, PIPE, "\n", "\n"]
+    assert told == {"label": [], "fscreate": [PIPE, "\n", "\n"]}.get(what, both)
 
 
 def test_a_changed_label_is_a_change_though_no_time_stamp_tells_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

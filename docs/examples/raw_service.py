@@ -9,11 +9,11 @@
 Environment: SRPC_SOCKET, the daemon's local socket (/run/srpc/srpc.sock).
 """
 
+import contextlib
 import json
 import os
 import selectors
 import socket
-import stat
 import struct
 import sys
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 HEADER = struct.Struct("!iQQ")  # type, seq, length
 CALLER, ERROR, CALL, CALL_REPLY, FLUSH, PING, ANNOUNCE, LISTEN, LISTEN_REPLY = -2, -1, 13, 14, 15, 17, 19, 21, 22
 BODY_MAX = 16 * 1024**2 + 64 * 1024 + 12
+SO_PASSRIGHTS = 83  # off: the kernel refuses descriptors that are sent along
 NO_DATA = struct.pack("!I", 0)  # length of the metadata of our replies
 
 
@@ -48,7 +49,7 @@ def trusted(uid: int) -> bool:
 
 
 class Line:
-    """One caller's requests and our replies. receive, send: descriptors of its two ends."""
+    """One caller's requests and our replies. receive, send: descriptors; of a service's line both are its socket."""
 
     def __init__(self, selector: selectors.BaseSelector, receive: int, send: int) -> None:
         self.selector, self.receive, self.send = selector, receive, send
@@ -59,7 +60,10 @@ class Line:
         selector.register(receive, selectors.EVENT_READ, self.readable)
 
     def readable(self) -> None:
-        data = os.read(self.receive, 65536)
+        try:
+            data = os.read(self.receive, 65536)
+        except ConnectionError:
+            data = b""
         if not data:  # the caller's worker has gone, or the announcement was withdrawn and all is answered
             self.close()
             return
@@ -79,7 +83,7 @@ class Line:
         try:
             if self.output:
                 del self.output[: os.write(self.send, self.output)]
-        except BrokenPipeError:
+        except ConnectionError:
             self.selector.unregister(self.send)
             self.close()
             return
@@ -90,8 +94,8 @@ class Line:
     def close(self) -> None:
         if self.receive in self.selector.get_map():
             self.selector.unregister(self.receive)
-        os.close(self.receive)
-        os.close(self.send)
+        for fd in {self.receive, self.send}:
+            os.close(fd)
 
 
 class Service:
@@ -102,9 +106,7 @@ class Service:
         self.selector, self.runtime, self.input = selector, os.path.dirname(where), bytearray()
         self.daemon = socket.socket(socket.AF_UNIX)
         self.daemon.connect(where)
-        credentials = self.daemon.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        if not trusted(struct.unpack("3i", credentials)[1]):
-            sys.exit(f"{where}: served by somebody who is neither root nor us")
+        check_peer(self.daemon)
         pipe = os.path.join(json.loads(self.ask(frame(PING, 1)))["tree"], path.strip("/"))
         try:
             os.mkfifo(pipe, 0o600)
@@ -131,35 +133,30 @@ class Service:
             if kind != LISTEN_REPLY:
                 sys.exit(body.decode())
             try:
-                Line(self.selector, *self.open_line(json.loads(body)["line"]))
+                fd = self.open_line(json.loads(body)["line"])
+                Line(self.selector, fd, fd)
             except OSError as fault:
                 print(f"a caller has gone before we came: {fault}", file=sys.stderr)
         if not data:
             sys.exit("the daemon has ended: to be started again")
 
-    def open_line(self, line: int) -> tuple[int, int]:
-        """(recv, send). Whoever could put pipes of his own there could pass for any caller: so all of it is checked."""
-        where = os.open(self.runtime, os.O_PATH | os.O_DIRECTORY)
-        opened: list[int] = []
+    def open_line(self, line: int) -> int:
+        """Connect a line. Whoever could listen there could pass for any caller: so it has to be root, or ourselves."""
+        sock = socket.socket(socket.AF_UNIX)
         try:
-            for name in ("lines", str(os.geteuid()), str(line)):
-                where, above = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=where), where
-                os.close(above)
-                self.check(os.fstat(where))
-            for name, flags in (("recv", os.O_RDONLY), ("send", os.O_WRONLY)):
-                self.check(os.stat(name, dir_fd=where, follow_symlinks=False), stat.S_IFIFO)
-                opened.append(os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=where))
-        except OSError:
-            for fd in opened:
-                os.close(fd)
-            raise
+            with contextlib.suppress(OSError):  # before Linux 6.16
+                sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+            sock.connect(os.path.join(self.runtime, "lines", str(os.geteuid()), str(line)))
+            check_peer(sock)
+            return sock.detach()
         finally:
-            os.close(where)
-        return opened[0], opened[1]
+            sock.close()
 
-    def check(self, found: os.stat_result, kind: int = stat.S_IFDIR) -> None:
-        if not trusted(found.st_uid) or stat.S_IFMT(found.st_mode) != kind:
-            sys.exit("among the lines there is a file that is not the daemon's")
+
+def check_peer(sock: socket.socket) -> None:
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    if not trusted(struct.unpack("iII", credentials)[1]):
+        sys.exit("the daemon's socket is served by a process that is neither root's nor ours")
 
 
 def main() -> None:

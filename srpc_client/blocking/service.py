@@ -25,6 +25,7 @@ from srpc_client.errors import CallError, SrpcError
 from srpc_client.handling import HIGH_WATER, HandlerCore, Request, begin, refuse_what_is_no_handler
 from srpc_client.service_bounds import GRACE, MODE, QUIET, RETRY_FIRST, RETRY_LAST
 from srpc_client.text import plain
+from srpcd import passing
 from srpcd.alarm import Alarm
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.messages import ListenReply
@@ -130,21 +131,25 @@ class _Endpoint:
 class _Line:
     """One caller's line."""
 
-    def __init__(self, endpoint: _Endpoint, receive: int, send: int) -> None:
-        self._service, self._handler, self._receive, self._send = endpoint.service, endpoint.handler, receive, send
+    def __init__(self, endpoint: _Endpoint, fd: int) -> None:
+        self._service, self._handler, self._fd = endpoint.service, endpoint.handler, fd
+        self._source = passing.source(fd)
         self._endpoint = endpoint
         self.core = HandlerCore(endpoint.pipe.endpoint)
         self.core.on_caller = lambda caller: endpoint.callers.came(caller, self)
         self._requests: deque[Request] = deque()
         self._unsent: bytes | memoryview = b""
         self._reading = True
-        self._service.epoll.register(receive, EPOLLIN)
-        self._service.sources[receive] = self._readable
+        self._watch(EPOLLIN, self._readable)
         endpoint.callers.opened(self)
+
+    def _watch(self, events: int, source: Callable[[int], None]) -> None:
+        self._service.epoll.register(self._fd, events)
+        self._service.sources[self._fd] = source
 
     def _readable(self, _events: int) -> None:
         try:
-            requests = pipes.receive(self._receive, self.core)
+            requests = pipes.receive(self._source, self.core)
         except BlockingIOError:
             return
         except ProtocolError as fault:
@@ -184,7 +189,7 @@ class _Line:
         data = self._unsent or self.core.take()
         try:
             while data:
-                written = os.write(self._send, data)
+                written = os.write(self._fd, data)
                 if written < len(data):
                     data = memoryview(data)[written:]
                     break
@@ -196,14 +201,11 @@ class _Line:
             return
         self._unsent = data
         if bool(data) != waited:  # a caller who does not take his replies is neither read nor served
+            self._service.forget(self._fd)
             if waited:
-                self._service.forget(self._send)
-                self._service.epoll.register(self._receive, EPOLLIN)
-                self._service.sources[self._receive] = self._readable
+                self._watch(EPOLLIN, self._readable)
             else:
-                self._service.forget(self._receive)
-                self._service.epoll.register(self._send, EPOLLOUT)
-                self._service.sources[self._send] = self._writable
+                self._watch(EPOLLOUT, self._writable)
 
     def _writable(self, _events: int) -> None:
         self._write()
@@ -215,9 +217,9 @@ class _Line:
             return
         self._service.lines.discard(self)
         self._endpoint.callers.gone(self.core.caller, self)
-        for fd in (self._receive, self._send):
-            self._service.forget(fd)
-            os.close(fd)
+        self._service.forget(self._fd)
+        passing.let_go(self._source)
+        os.close(self._fd)
         self._requests.clear()
         self._unsent = b""
         self.core.end()
@@ -272,11 +274,11 @@ class _Service:
 
     def open(self, endpoint: _Endpoint, number: int) -> None:
         try:
-            receive, send = open_line(self.where.path, number)
+            fd = open_line(self.where.path, number)
         except SrpcError as fault:
             _log.warning("%s: %s", endpoint.path, fault)
             return
-        self.lines.add(_Line(endpoint, receive, send))
+        self.lines.add(_Line(endpoint, fd))
 
     def _tick(self, _events: int = 0) -> None:
         self._alarm.clear()

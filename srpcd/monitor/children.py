@@ -82,7 +82,7 @@ class Child:
     def send(self, message: ipc.Message, fds: tuple[int, ...] = ()) -> None:
         """Send without blocking, and close the descriptors here. A child that does not read for long is killed."""
         if self.state is State.DONE:
-            ipc.close_all(fds)
+            passing.close(*fds)
             return
         self._unread.append((message, fds, time.monotonic()))
         if len(self._unread) == 1:
@@ -102,7 +102,7 @@ class Child:
             except OSError:  # it is about to end, or told to
                 self.kill("")
             self._unread.popleft()
-            ipc.close_all(fds)
+            passing.close(*fds)
         if not self.gone.done() and loop.remove_writer(self._spawned.socket):
             loop.add_reader(self._spawned.socket, self._requests_ready)  # it may not have been heard meanwhile
 
@@ -190,7 +190,7 @@ class Child:
             loop.remove_reader(sock)
             passing.close(sock.detach())
         for _message, fds, _since in self._unread:
-            ipc.close_all(fds)
+            passing.close(*fds)
         self._unread.clear()
         self.state = State.DONE
         if not self.proved.done():

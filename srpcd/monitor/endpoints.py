@@ -17,7 +17,7 @@ from srpcd.monitor.credentials import LACKS_GROUPS, has_groups
 from srpcd.monitor.faults import Denied
 from srpcd.monitor.forked import Turns
 from srpcd.monitor.launch import Identity
-from srpcd.monitor.lines import Announcement, Endpoint, Register
+from srpcd.monitor.lines import Announcement, Endpoint, Line, Register
 from srpcd.monitor.probe import Proof, probe
 from srpcd.monitor.requests import State, Violation, plain_path
 from srpcd.wire import limits as wire
@@ -33,9 +33,9 @@ class Endpoints:
         self._monitor = monitor
         self._log = monitor.log
         runtime, own = monitor.config.paths.runtime, monitor.own
-        self._register: Register[Worker] = Register(os.path.join(runtime, "lines"), own.uid, bool(own.context))
+        lines = os.path.join(runtime, "lines")
+        self._register: Register[Worker] = Register(lines, own.uid, bool(own.context), self._connected)
         self._probes = Turns(wire.PROBES_MAX, wire.PROBES_MAX // 8)
-        asyncio.get_running_loop().add_reader(self._register.inotify, self._register.opened)
 
     async def _probe(
         self, identity: Identity, quota: Quota, path: str, access: int, inode: tuple[int, int] | None = None
@@ -140,14 +140,21 @@ class Endpoints:
                 self._log.event("warning", "limit", which="lines_per_worker", user=worker.user, endpoint="/" + endpoint.path)
             return
         try:
-            number, write, read = self._register.make_line(endpoint, server, worker, (*worker.identity, worker.user))
+            number = self._register.make_line(endpoint, server, worker, (*worker.identity, worker.user))
         except OSError as fault:
             if worker.quota.take():
                 self._log.event("error", "warning", text=f"no line: {fault}", endpoint="/" + endpoint.path)
             return
         worker.lines += 1
-        worker.send(ipc.Line(number, *endpoint.key[:2]), (write, read))
+        worker.send(ipc.LineExpected(number, *endpoint.key[:2]))
         server.tell(number)
+
+    def _connected(self, number: int, line: Line[Worker], fd: int) -> None:
+        """A service has connected a line: it is the worker's. fd: -1 where it is of no use."""
+        if fd < 0:
+            self._line_over(number)
+        else:
+            line.worker.send(ipc.Line(number), (fd,))
 
     def lines_wanted(self, worker: Worker, message: ipc.LinesWanted) -> None:
         path, inode = plain_path(message.path), (message.dev, message.ino)
@@ -191,7 +198,12 @@ class Endpoints:
         worker.send(ipc.Live(message.request, self._register.live(message.dev, message.ino)))
 
     def revoke(self) -> None:
-        """Where attributes of an endpoint or of a directory above it changed, or the policy, doubt who calls and serves."""
+        """Where attributes of an endpoint or of a directory above it changed, or the policy, doubt who calls and serves.
+
+        End the lines that no service has connected in time.
+        """
+        for number in self._register.late(time.monotonic()):
+            self._line_over(number)
         policy = selinux.status() if self._monitor.own.context else b""
         for endpoint in self._register.endpoints.values():
             found = [policy, *endpoint.attributes()]
@@ -247,6 +259,9 @@ class Endpoints:
                     self._join(endpoint, server, worker)
 
     def forget_caller(self, worker: Worker, endpoint: Endpoint[Worker]) -> None:
+        """Forget that a worker may call, and end its lines there: those too that a service has yet to connect."""
+        for server in endpoint.servers:
+            self._line_over(endpoint.lines.get((server.number, worker), 0))
         worker.endpoints.discard(endpoint)
         endpoint.callers.discard(worker)
         endpoint.given = {each for each in endpoint.given if each[1] is not worker}
@@ -255,11 +270,8 @@ class Endpoints:
     def worker_gone(self, worker: Worker) -> None:
         """End its lines."""
         for endpoint in list(worker.endpoints):
-            for server in endpoint.servers:
-                self._register.end_line(endpoint.lines.get((server.number, worker), 0))
             self.forget_caller(worker, endpoint)
 
     def close(self) -> None:
         """Remove everything that was made."""
-        asyncio.get_running_loop().remove_reader(self._register.inotify)
         self._register.close()

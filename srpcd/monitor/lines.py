@@ -1,44 +1,45 @@
 """The register of service endpoints, and the lines between workers and services.
 
 An endpoint is an inode, pinned by an O_PATH descriptor from the probe that found it. It has servers (announcements) and
-callers (workers that a probe has passed); each pair of these has one line: two named pipes, `recv` and `send`, in
-LINES/<service uid>/<line id>/, owned by root, that only the service's uid may enter and open. Where SELinux is on they
-carry the endpoint's label, so the kernel asks the policy anew at each read and write. The names are gone as soon as the
-service has opened both. What a worker or gate says has no influence on whom the service is told that it serves.
+callers (workers that a probe has passed); each pair of these has one line: a connection through a Unix stream socket.
+
+The register listens for the service at LINES/<service uid>/<line id>, in a directory that only the service's uid can enter.
+When the service has connected, the register checks its uid, writes the first frame, which says who calls, and hands the
+connection to the worker. Then the name and the listening socket are gone. What a worker or gate says has no influence on
+whom the service is told that it serves. Where SELinux is on, the socket that the worker gets has the endpoint's type, so
+the kernel asks the policy anew at each read and write.
+
+A line is a socket because a service may be hostile. It could move a page of a file on a file system of its own into a pipe,
+whose reader then waits for that file system without end; with a socket it is the sender that waits (docs/privsep.md).
 """
 
-import ctypes
+import asyncio
 import os
 import resource
 import shutil
+import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from errno import EACCES, EMSGSIZE
+from errno import EACCES, EMFILE, EMSGSIZE
 from itertools import count
 from typing import Generic, NamedTuple, TypeVar
 
-from srpcd import ipc, selinux
+from srpcd import ipc, passing, selinux
 from srpcd.wire import frames
+from srpcd.wire.limits import LINE_CONNECT_SECONDS
 
 W = TypeVar("W")  # a worker, whatever that is to the monitor
-IN_OPEN, IN_ONESHOT, IN_NONBLOCK, IN_CLOEXEC = 0x20, 0x80000000, 0o4000, 0o2000000
-_EVENT = struct.Struct("iIII")
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _ACL = struct.Struct("<HHI")
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NOBODY = 1, 2, 4, 16, 32, 0xFFFFFFFF
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _access_list(uid: int, permission: int, owner: int) -> bytes:
-    """A POSIX ACL (acl(5)) that gives `permission` to one user besides the owner, and nothing to anybody else."""
-    entries = (
-        (_USER_OBJ, owner, _NOBODY),
-        (_USER, permission, uid),
-        (_GROUP_OBJ, 0, _NOBODY),
-        (_MASK, permission, _NOBODY),
-        (_OTHER, 0, _NOBODY),
-    )
+def _searchable_by(uid: int) -> bytes:
+    """A POSIX ACL (acl(5)) of a directory that one user besides the owner may search, and nobody else."""
+    entries = ((_USER_OBJ, 7, _NOBODY), (_USER, 1, uid), (_GROUP_OBJ, 0, _NOBODY), (_MASK, 1, _NOBODY), (_OTHER, 0, _NOBODY))
     return struct.pack("<I", 2) + b"".join(_ACL.pack(*entry) for entry in entries)
 
 
@@ -53,7 +54,7 @@ def _attributes(fd: int, labelled: bool) -> tuple[int, int, int, int, int, str]:
 
 
 class Announcement(NamedTuple):
-    """One server of an endpoint. uid: of the service, which alone can open its lines. tell: of a new line, to it.
+    """One server of an endpoint. uid: of the service, which alone can connect its lines. tell: of a new line, to it.
     doubt: whether it may still serve."""
 
     number: int
@@ -67,8 +68,8 @@ class Endpoint(Generic[W]):
 
     chain: O_PATH descriptors, tree root first, the pipe last. owner: uid on whose account they are. labelled: SELinux is
     on. seen: what `revoke` has looked at; None at first, so that nobody else's probe can hide a change. changed: when
-    that last was another (monotonic seconds). lines: numbers, by announcement and worker. given: for which announcement and
-    worker there ever was one: it may still be open, where the worker only says that it is gone.
+    that last was another (monotonic seconds). lines: numbers, by announcement and worker. given: by the same, which of
+    them were ever connected. A worker's word that a line is gone does not count: it may still be open.
     """
 
     def __init__(self, key: tuple[int, int, str], chain: list[int], owner: int, labelled: bool) -> None:
@@ -110,44 +111,54 @@ class Endpoint(Generic[W]):
 
 
 class Line(Generic[W]):
-    """One line. recv: the monitor's own hold on `recv` until the service has opened both ends, else None.
+    """One line.
 
-    label: of SELinux, the endpoint's when it was made.
+    path: of its socket. listener: the listening socket, None when the service has connected. first: the frame that says who
+    calls. label: of SELinux, the endpoint's when it was made. made: monotonic seconds.
     """
 
-    def __init__(self, endpoint: Endpoint[W], server: Announcement, worker: W, place: str, recv: int, label: str) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint[W],
+        server: Announcement,
+        worker: W,
+        label: str,
+        first: bytes,
+        path: str,
+        listener: socket.socket,
+    ) -> None:
         self.endpoint = endpoint
         self.server = server
         self.worker = worker
-        self.directory = place
-        self.recv: int | None = recv
         self.label = label
-        self.unopened = {"recv", "send"}
+        self.first = first
+        self.path = path
+        self.listener: socket.socket | None = listener
+        self.made = time.monotonic()
 
 
 class Register(Generic[W]):
     """All endpoints, announcements and lines. One instance, of the monitor.
 
-    directory: LINES. own: the monitor's uid (a service of that uid, in personal mode, owns its pipes anyway). labelled:
-    SELinux is on.
+    directory: LINES. own: the monitor's uid (a service of that uid, in personal mode, owns its directory anyway). labelled:
+    SELinux is on. connected: called with a line's number, the line, and the descriptor that is the worker's, which belongs
+    to the callee; -1: the service has connected, and what came is of no use.
     """
 
-    def __init__(self, directory: str, own: int, labelled: bool) -> None:
+    def __init__(self, directory: str, own: int, labelled: bool, connected: Callable[[int, Line[W], int], None]) -> None:
         self._directory = directory
         self._own = own
         self._labelled = labelled
+        self._connected = connected
         self._numbers = count(1)
-        self._watches: dict[int, tuple[int, str]] = {}
         self._held: Counter[int] = Counter()  # descriptors, by uid
         self._room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self.endpoints: dict[tuple[int, int, str], Endpoint[W]] = {}
         self._inodes: dict[tuple[int, int], set[Endpoint[W]]] = {}
         self.lines: dict[int, Line[W]] = {}
+        self._expected: dict[int, Line[W]] = {}  # those whose service has not connected, the oldest first
         shutil.rmtree(directory, ignore_errors=True)  # what a crash left behind
         os.mkdir(directory, 0o711)
-        self.inotify: int = _libc.inotify_init1(IN_NONBLOCK | IN_CLOEXEC)
-        if self.inotify < 0:
-            raise OSError(ctypes.get_errno(), "inotify_init1")
 
     def endpoint(self, path: str, chain: list[int], owner: int) -> Endpoint[W] | None:
         """The endpoint of a probe's descriptors, which belong to the register from here on. None: over a limit.
@@ -161,7 +172,7 @@ class Register(Generic[W]):
             return None
         key = (inode.st_dev, inode.st_ino, path)
         found = self.endpoints.get(key)
-        if found is not None or self._held[owner] > self._room // 4 or self._held.total() > self._room:
+        if found is not None or self._full(owner):
             ipc.close_all(chain)
             return found
         self._held[owner] += len(chain)
@@ -185,85 +196,119 @@ class Register(Generic[W]):
             ipc.close_all(endpoint.chain)
             endpoint.chain = []  # whoever holds it still must not take the numbers for descriptors
 
+    def _full(self, uid: int) -> bool:
+        """Whether as many descriptors as may be are held on account of `uid`, or in all."""
+        return self._held[uid] > self._room // 4 or self._held.total() > self._room
+
     def make_line(
         self, endpoint: Endpoint[W], server: Announcement, worker: W, caller: tuple[int, int, tuple[int, ...], str, str]
-    ) -> tuple[int, int, int]:
-        """Make a line. caller: uid, gid, groups, SELinux context, user name, as the service is to be told.
+    ) -> int:
+        """Make a line, and wait for the service. caller: uid, gid, groups, SELinux context, user name, as it is to be told.
 
-        Returns (line id, write end of recv, read end of send): the worker's, to be passed on and closed. Raises OSError.
+        Returns the line's id. Raises OSError.
         """
+        uid, gid, groups, context, user = caller
+        first = frames.caller_frame(uid, gid, groups, user, context, "/" + endpoint.path)
+        if len(first) > frames.PIPE_BUF:
+            raise OSError(EMSGSIZE, "the first frame does not fit")
+        if self._full(server.uid):
+            raise OSError(EMFILE, "too many lines that their service has not connected")
+        label = endpoint.label
+        if endpoint.labelled and not label:
+            raise PermissionError(EACCES, "the endpoint's label can't be read")
         number = next(self._numbers)
-        parent = os.path.join(self._directory, str(server.uid))
-        directory = os.path.join(parent, str(number))
-        with suppress(FileExistsError):
-            os.mkdir(parent, 0o711)
-        recv, send = os.path.join(directory, "recv"), os.path.join(directory, "send")
-        opened: list[int] = []
-        try:
-            label = endpoint.label
-            if endpoint.labelled and not label:
-                raise PermissionError(EACCES, "the endpoint's label can't be read")
-            os.mkdir(directory, 0o700)
-            with selinux.creating(label):
-                os.mkfifo(recv, 0o600)
-                os.mkfifo(send, 0o600)
-            opened.append(os.open(recv, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-            opened.append(os.open(recv, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-            opened.append(os.open(send, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-            uid, gid, groups, context, user = caller
-            first = frames.caller_frame(uid, gid, groups, user, context, "/" + endpoint.path)
-            if len(first) > frames.PIPE_BUF or os.write(opened[0], first) != len(first):
-                raise OSError(EMSGSIZE, "the first frame does not fit")  # cut short, the worker could write its end
-            for path, name in ((recv, "recv"), (send, "send")):  # after our own opens, which are not to be seen
-                watch: int = _libc.inotify_add_watch(self.inotify, os.fsencode(path), IN_OPEN | IN_ONESHOT)
-                if watch < 0:
-                    raise OSError(ctypes.get_errno(), "inotify_add_watch")
-                self._watches[watch] = (number, name)
-            if server.uid != self._own:
-                os.setxattr(recv, "system.posix_acl_access", _access_list(server.uid, 4, 6))
-                os.setxattr(send, "system.posix_acl_access", _access_list(server.uid, 2, 6))
-                os.setxattr(directory, "system.posix_acl_access", _access_list(server.uid, 1, 7))  # last: now it opens
-        except OSError:
-            ipc.close_all(opened)
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-        self.lines[number] = Line(endpoint, server, worker, directory, opened[0], label)
+        path = os.path.join(self._directory_of(server.uid), str(number))
+        listener = self._listen(path, label)
+        self._held[server.uid] += 1
+        line = self.lines[number] = self._expected[number] = Line(endpoint, server, worker, label, first, path, listener)
         endpoint.lines[server.number, worker] = number
-        endpoint.given.add((server.number, worker))
-        return number, opened[1], opened[2]
+        asyncio.get_running_loop().add_reader(listener, self._accept, number, line)
+        return number
 
-    def opened(self) -> None:
-        """Handle what inotify has to say: a service has opened an end. With both open the names go."""
-        with suppress(BlockingIOError):
-            data = os.read(self.inotify, 64 * 1024)
-            for at in range(0, len(data), _EVENT.size):  # watches on files: events carry no names
-                watch, mask, _cookie, _length = _EVENT.unpack_from(data, at)
-                number, name = self._watches.get(watch, (0, ""))
-                line = self.lines.get(number)
-                if not mask & IN_OPEN:
-                    self._watches.pop(watch, None)
-                elif line is not None:
-                    line.unopened.discard(name)
-                    if not line.unopened:
-                        self._remove_names(line)
+    def _directory_of(self, uid: int) -> str:
+        """The directory of a service's lines, which nobody else can enter."""
+        path = os.path.join(self._directory, str(uid))
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            return path
+        try:
+            if uid != self._own:
+                os.setxattr(path, "system.posix_acl_access", _searchable_by(uid))
+        except OSError:
+            os.rmdir(path)
+            raise
+        return path
 
-    def _remove_names(self, line: Line[W]) -> None:
-        if line.recv is not None:
-            os.close(line.recv)
-            line.recv = None
-            shutil.rmtree(line.directory, ignore_errors=True)
+    @staticmethod
+    def _listen(path: str, label: str) -> socket.socket:
+        listener = None
+        try:
+            with selinux.creating(label):
+                listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                listener.bind(path)
+            os.chmod(path, 0o666)  # noqa: S103  the directory says who comes this far
+            passing.refuse_descriptors(listener)
+            listener.listen(0)  # one connection is expected
+        except OSError:
+            if listener is not None:
+                listener.close()
+            with suppress(OSError):
+                os.unlink(path)
+            raise
+        return listener
+
+    def _accept(self, number: int, line: Line[W]) -> None:
+        """Take the service's connection, write the first frame, and pass the connection on."""
+        if line.listener is None:
+            return
+        try:
+            sock, _address = line.listener.accept()
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptor for it
+            self._connected(number, line, -1)
+            return
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(credentials)[1] != line.server.uid:  # only root's processes come this far
+            passing.close(sock.detach())
+            return
+        self._stop_listening(number, line)
+        sock.setblocking(False)
+        sent = 0
+        with suppress(OSError):  # the service has gone again
+            sent = sock.send(line.first)
+        if sent == len(line.first):
+            line.endpoint.given.add((line.server.number, line.worker))
+            self._connected(number, line, sock.detach())
+        else:
+            passing.close(sock.detach())
+            self._connected(number, line, -1)
+
+    def _stop_listening(self, number: int, line: Line[W]) -> None:
+        if line.listener is not None:
+            asyncio.get_running_loop().remove_reader(line.listener)
+            passing.close(line.listener.detach())
+            line.listener = None
+            del self._expected[number]
+            self._held[line.server.uid] -= 1
+            with suppress(OSError):
+                os.unlink(line.path)
+
+    def late(self, now: float) -> list[int]:
+        """Lines that their service had LINE_CONNECT_SECONDS to connect. now: monotonic seconds."""
+        return [number for number, line in self._expected.items() if line.made + LINE_CONNECT_SECONDS <= now]
 
     def end_line(self, number: int) -> Line[W] | None:
-        """Forget a line and remove what is left of it on disk; the worker's ends are the worker's to close."""
+        """Forget a line and what is left of it; a connection that the worker has is the worker's to close."""
         line = self.lines.pop(number, None)
         if line is not None:
             del line.endpoint.lines[line.server.number, line.worker]
-            self._remove_names(line)
+            self._stop_listening(number, line)
         return line
 
     def close(self) -> None:
         """Remove everything that lies on disk; what is only open ends with the process."""
         for number in list(self.lines):
             self.end_line(number)
-        os.close(self.inotify)
         shutil.rmtree(self._directory, ignore_errors=True)

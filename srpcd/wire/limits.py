@@ -128,6 +128,10 @@ DEPTH_MAX = 24
 SERVERS_MAX = 16
 """Processes that serve one endpoint: each has a line to each of its callers."""
 
+LINE_CONNECT_SECONDS = 60.0
+"""Seconds that a service has to connect a line that it was told of: as long as a call waits by default. The monitor holds a
+socket for each line that waits. The next call brings another line."""
+
 LINE_OUTSTANDING_MAX = 1024
 """Calls on one line that its handler has not answered, cancelled ones included: a handler that never answers does not
 collect memory. One more is answered EAGAIN."""

@@ -1,12 +1,12 @@
-"""Lines: calls to a handler through two pipes, and the register of the service endpoints that have some.
+"""Lines: calls to a handler, and the register of the service endpoints that have some.
 
-A resident program is a line too, whose ends are its standard input and output (`srpcd.worker.programs`).
+A service is at the other end of a Unix stream socket. A resident program is a line too, whose ends are its standard input
+and output, two pipes (`srpcd.worker.programs`).
 
-What a pipe says about its other end, and what follows (pipe(7), poll(2); tried):
-  - the read end of `send` gives end of file to read(2) as long as the service has not yet opened it, though epoll is
-    silent: so it is read only when epoll says that something is in it. EPOLLHUP comes only after a writer was there;
-  - the write end of `recv` gives EPOLLERR once the last reader is gone;
-  - what a handler wrote before it died is still in the pipe, and counts: it is read before its calls are given up.
+What a line says about its other end, and what follows (pipe(7), unix(7), poll(2); tried):
+  - a write end gives EPOLLERR once the last reader of a pipe is gone; a socket EPOLLHUP, to whom watches for nothing too;
+  - an end of file is the end of the line: a service that shuts down one direction wants no further calls;
+  - what a handler wrote before it died can still be read, and counts: it is read before its calls are given up.
 """
 
 import os
@@ -14,6 +14,7 @@ from errno import EAGAIN, ECONNRESET, ENXIO
 from select import EPOLLIN
 from struct import Struct
 
+from srpcd import passing
 from srpcd.ipc import LineGone, LinesWanted, Message
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.frames import CALL, CALL_REPLY, FLUSH, LINE_REPLIES, METADATA_LENGTH, SEQ, FrameReader, frame, reply_head
@@ -24,6 +25,7 @@ from srpcd.worker.resolve import Tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket as Socket
     from collections.abc import Callable
 
     from srpcd.worker.parcel import Parcel
@@ -48,17 +50,22 @@ _FULL = "too many calls wait for this handler: try again later"
 
 
 class Line:
-    """A handler's two pipes. write: requests go there; read: replies come from there; both not blocking.
+    """A handler's two pipes, or two descriptors of its socket.
 
-    timeout: seconds for one call.
+    write: requests go there; read: replies come from there; both not blocking. timeout: seconds for one call. source: what
+    `read` is read by, where that is something else (`passing.source`).
     lost: called once, when the handler is gone or broke the protocol; `pending` still has its calls then.
     fault: how it broke the protocol, or empty.
     """
 
-    def __init__(self, loop: Loop, write: int, read: int, timeout: float, lost: "Callable[[Line], None]") -> None:
+    def __init__(
+        self, loop: Loop, write: int, read: int, timeout: float, lost: "Callable[[Line], None]", source: "int | Socket" = -1
+    ) -> None:
         self._loop = loop
         self._lost = lost
         self._read = read
+        self._source = read if source == -1 else source
+        self._receive: passing.Receive = os.read if isinstance(self._source, int) else passing.receive_bounded
         self._reader = FrameReader(LINE_REPLIES, reply_head)
         self._arriving: tuple[int, bytes, Parcel] | None = None  # seq and head of a large reply that is being collected
         self._read_size = READ_SIZE
@@ -123,6 +130,9 @@ class Line:
             if self._arriving is not None:
                 self._arriving[2].close()
             self.writer.close()
+            if self._source is not self._read:
+                passing.interrupt_releases()  # of what was not read
+                passing.let_go(self._source)
             self._loop.close(self._read)
             self._lost(self)
 
@@ -151,21 +161,26 @@ class Line:
         if self._arriving is not None:
             return self._collect(*self._arriving)
         try:
-            data = os.read(self._read, self._read_size)
+            data = self._receive(self._source, self._read_size)
         except BlockingIOError:
             return False
         except OSError as fault:
             return self._unreadable(fault)
         if data:
             self._feed(data)
+        else:
+            self.end()
         return bool(data)
 
     def _collect(self, seq: int, head: bytes, parcel: "Parcel") -> bool:
         before = parcel.missing
         try:
-            parcel.take(self._read)  # an end of file in the middle is a hang-up, which is reported by itself
+            more = parcel.take(self._source, self._receive)
         except OSError as fault:
             return self._unreadable(fault)
+        if not more:
+            self.end()
+            return False
         self.used = self._loop.now
         if not parcel.missing:
             self._arriving = None
@@ -180,8 +195,8 @@ class Line:
         return parcel.missing < before
 
     def _unreadable(self, fault: OSError) -> bool:
-        """Of a page of a file, say, that the handler spliced into its pipe. It will not get better."""
-        self.fault = self.fault or f"its pipe can't be read: {fault.strerror}"
+        """A reset, a descriptor that was sent along, or a page of a file that a program spliced into its output."""
+        self.fault = self.fault or f"its answers can't be read: {fault.strerror}"
         self.end()
         return False
 
@@ -240,6 +255,8 @@ class Endpoint:
         self.ino = ino
         self.lines: list[Line] = []
         self.waiting: dict[Call, None] = {}
+        self.expected: set[int] = set()
+        """Lines that a service was told to connect. Calls wait for them, however long that takes."""
         self.state = self.UNKNOWN
 
     def abandon(self, call: Call) -> None:
@@ -262,6 +279,7 @@ class Services:
         self.waiters: dict[Endpoint, None] = {}
         """Endpoints where calls wait, or did a moment ago."""
         self._lines: dict[int, tuple[Line, Endpoint]] = {}
+        self._expected: dict[int, Endpoint] = {}
         loop.duties.append(self._waited)
 
     def held(self) -> int:
@@ -274,7 +292,7 @@ class Services:
         if found is None:
             if len(self._endpoints) >= ENDPOINTS_MAX:
                 for key, each in list(self._endpoints.items()):
-                    if not each.lines and not each.waiting:
+                    if not each.lines and not each.waiting and not each.expected:
                         del self._endpoints[key]
             found = self._endpoints[dev, ino] = Endpoint(dev, ino)
         return found
@@ -299,9 +317,15 @@ class Services:
             endpoint.state = Endpoint.ASKED
             self._tell(LinesWanted(call.path, call.dev, call.ino))
 
-    def add_line(self, number: int, dev: int, ino: int, write: int, read: int) -> None:
-        """The monitor's Line: hand over what waited for it."""
-        endpoint = self.endpoint(dev, ino)
+    def expect_line(self, number: int, dev: int, ino: int) -> None:
+        """The monitor's LineExpected."""
+        endpoint = self._expected[number] = self.endpoint(dev, ino)
+        endpoint.expected.add(number)
+
+    def add_line(self, number: int, fd: int) -> None:
+        """The monitor's Line: hand over what waited for it. fd: of the socket."""
+        endpoint = self._expected.pop(number)
+        endpoint.expected.discard(number)
 
         def lost(line: Line) -> None:
             self._lines.pop(number, None)
@@ -309,7 +333,14 @@ class Services:
             line.fail()
             self._tell(LineGone(number))
 
-        line = Line(self._loop, write, read, self._timeout, lost)
+        try:
+            write = os.dup(fd)  # for the other direction: the loop knows one purpose for each descriptor
+        except OSError:
+            os.close(fd)
+            self._tell(LineGone(number))
+            return
+        os.set_blocking(fd, False)
+        line = Line(self._loop, write, fd, self._timeout, lost, passing.source(fd))
         self._lines[number] = line, endpoint
         endpoint.lines.append(line)
         calls, endpoint.waiting = list(endpoint.waiting), {}
@@ -317,7 +348,7 @@ class Services:
         for call in calls:
             if call.path not in permitted:
                 try:
-                    self._tree.check_service(call.path, dev, ino)
+                    self._tree.check_service(call.path, endpoint.dev, endpoint.ino)
                     permitted[call.path] = 0
                 except OSError as fault:
                     permitted[call.path] = fault.errno or ENXIO
@@ -342,7 +373,10 @@ class Services:
 
     def announcement_over(self, number: int) -> None:
         """The monitor's LineOver: no new calls; those that the handler has, it may still answer."""
-        if number in self._lines:
+        if number in self._expected:
+            self._expected.pop(number).expected.discard(number)
+            self._loop.wake(self._loop.now)  # calls that have waited long enough for another one
+        elif number in self._lines:
             line, endpoint = self._lines[number]
             self._leave(endpoint, line)
             line.retire(end=True)
@@ -358,7 +392,7 @@ class Services:
         for endpoint in list(self.waiters):
             if not endpoint.waiting:
                 del self.waiters[endpoint]
-            elif endpoint.state == Endpoint.PERMITTED:
+            elif endpoint.state == Endpoint.PERMITTED and not endpoint.expected:
                 late = []
                 for call in endpoint.waiting:
                     if call.arrived + WAIT > self._loop.now:

@@ -22,6 +22,12 @@ from select import POLLOUT, poll
 from srpcd.wire.limits import KIB, PIPE_MAX
 from srpcd.worker.loop import INFINITY, Loop
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+
+    from srpcd.passing import Receive
+
 PIPES_MAX = 32
 """Pipes of PIPE_MAX that parcels may have at a time: enough for two calls of the largest size, and half of what the pipes
 of one user may hold together."""
@@ -92,11 +98,14 @@ class Parcel:
         first = self._parts[0]
         return not self.begun and isinstance(first, bytes) and first.startswith(head)
 
-    def take(self, fd: int) -> bool:
-        """Collect what has come on `fd`, a pipe. Returns False at its end of file. Raises OSError."""
+    def take(self, fd: "int | Socket", receive: "Receive" = os.read) -> bool:
+        """Collect what has come on `fd`, a pipe or a socket. Returns False at its end of file. Raises OSError.
+
+        receive: how to read it, where it is collected in memory.
+        """
         try:
             while self.missing:
-                taken = self._take(fd)
+                taken = self._take(fd, receive)
                 if not taken:
                     return False
                 self.missing -= taken
@@ -105,13 +114,13 @@ class Parcel:
             pass
         return True
 
-    def _take(self, fd: int) -> int:
+    def _take(self, fd: "int | Socket", receive: "Receive") -> int:
         while True:
             last = self._parts[-1] if self._parts else None
             if not isinstance(last, _Pipe):
                 pipe = None if self._copied or self.missing < PIPE_MAX // 16 else self._depot.pipe()
                 if pipe is None:
-                    data = os.read(fd, min(self.missing, PIPE_MAX))
+                    data = receive(fd, min(self.missing, PIPE_MAX))
                     if len(data) < _SMALL and isinstance(last, bytes) and len(last) < _SMALL:
                         self._parts[-1] = last + data  # or who sends single bytes would have us keep a hundred for each
                     elif data:
@@ -120,7 +129,7 @@ class Parcel:
                 self._parts.append(pipe)
                 last = pipe
             try:
-                taken = os.splice(fd, last.write, self.missing, flags=os.SPLICE_F_NONBLOCK)
+                taken = os.splice(fd, last.write, self.missing, flags=os.SPLICE_F_NONBLOCK)  # type: ignore[arg-type]
             except BlockingIOError:
                 if not last.full():
                     raise

@@ -8,7 +8,7 @@ from errno import EIO, EISDIR
 from select import EPOLLIN, EPOLLOUT
 
 from srpcd import ipc
-from srpcd.ipc import Gate, GateOver, Line, LineGone, LineOver, Lines, Live, Message, WorkerSetup
+from srpcd.ipc import Gate, GateOver, Line, LineExpected, LineGone, LineOver, Lines, Live, Message, WorkerSetup
 from srpcd.wire.errors import RequestError
 from srpcd.wire.limits import MIB
 from srpcd.worker.calls import Call, Calls
@@ -180,10 +180,10 @@ class Worker:
             return
         if isinstance(message, Gate) and len(fds) == 1:
             self.calls.links.append(GateLink(self, message.gate, fds[0]))
-        elif isinstance(message, Line) and len(fds) == 2:
-            os.set_blocking(fds[0], False)
-            os.set_blocking(fds[1], False)
-            self.services.add_line(message.line, message.dev, message.ino, fds[0], fds[1])
+        elif isinstance(message, LineExpected):
+            self.services.expect_line(message.line, message.dev, message.ino)
+        elif isinstance(message, Line) and len(fds) == 1:
+            self.services.add_line(message.line, fds[0])
         elif isinstance(message, Lines):
             self.services.answered(message.dev, message.ino, message.errno)
         elif isinstance(message, LineOver):
@@ -191,7 +191,7 @@ class Worker:
         elif isinstance(message, Live):
             self.describer.live(message.request, message.live)
         elif isinstance(message, Line):  # no room for more descriptors
-            ipc.close_all(fds)
+            self.services.announcement_over(message.line)
             self.tell(LineGone(message.line))
         else:
             raise ipc.MessageError(f"{type(message).__name__} with {len(fds)} descriptors")

@@ -5,6 +5,7 @@ It keeps fids and afids as the real one does, calls functions for endpoints, and
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import pwd
@@ -398,27 +399,38 @@ def make_certificate() -> Callable[..., tuple[x509.Certificate, ec.EllipticCurve
 
 
 class FakeLine:
-    """A line as the monitor makes it, and the worker's ends of it."""
+    """A line as the monitor makes it, and the worker's end of it. What is written before the service comes, waits for it."""
 
     def __init__(self, runtime: Path, number: int, caller: messages.Caller | None) -> None:
         self.number = number
         self.path = runtime / "lines" / str(os.geteuid()) / str(number)
-        self.path.mkdir(parents=True)
-        os.mkfifo(self.path / "recv", 0o600)
-        os.mkfifo(self.path / "send", 0o600)
-        # Opened for both: so that there is a reader before the service comes. `serve` closes that half.
-        self._keep = os.open(self.path / "recv", os.O_RDONLY | os.O_NONBLOCK)
-        self.requests = os.open(self.path / "recv", os.O_WRONLY)
-        self.replies = os.open(self.path / "send", os.O_RDONLY | os.O_NONBLOCK)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen(0)
+        self._lock = threading.Lock()
+        self._waiting = b"" if caller is None else frames.frame(frames.CALLER, 0, messages.encode(caller))
+        self.socket: socket.socket | None = None
         self.reader = frames.FrameReader(frames.LINE_REPLIES)
         self.answers: dict[int, tuple[int, bytes]] = {}
-        if caller is not None:
-            self.write(frames.frame(frames.CALLER, 0, messages.encode(caller)))
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        try:
+            connected, _address = self._listener.accept()
+        except OSError:  # hung up
+            return
+        with self._lock:
+            connected.sendall(self._waiting)
+            self.socket = connected
 
     def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self.requests, view) :]
+        with self._lock:
+            if self.socket is None:
+                self._waiting += data
+                return
+        self.socket.sendall(data)
 
     def call(self, seq: int, payload: bytes, metadata: bytes = b"") -> None:
         self.write(frames.frame(frames.CALL, seq, messages.call_body(0, payload, metadata)))
@@ -428,10 +440,14 @@ class FakeLine:
 
     def read(self) -> bool:
         """Read what there is. Returns whether the service still has its end."""
+        if self.socket is None:
+            return True
         try:
-            data = os.read(self.replies, 65536)
+            data = self.socket.recv(65536, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
+        except ConnectionResetError:  # it has not read all
+            return False
         for kind, seq, body in self.reader.feed(data):
             assert seq not in self.answers, "answered twice"
             self.answers[seq] = kind, body
@@ -456,10 +472,12 @@ class FakeLine:
         return messages.decode(messages.Error, body)
 
     def hang_up(self) -> None:
-        for fd in (self._keep, self.requests, self.replies):
-            if fd >= 0:
-                os.close(fd)
-        self._keep = self.requests = self.replies = -1
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        if self.socket is not None:
+            self.socket.close()
 
 
 MakeLine: TypeAlias = Callable[..., FakeLine]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from errno import EACCES, EAGAIN, ECANCELED, EEXIST, EINVAL, EIO, ENOENT, EOPNOTSUPP, EPERM
 from pathlib import Path
@@ -20,7 +21,9 @@ import srpc_client
 import srpc_client.line
 from srpc_client import Announcement, CallError, Request, SrpcError
 from srpc_client.callers import LINES_PER_CALLER
-from srpc_client.endpoint import EndpointPipe
+from srpc_client.endpoint import EndpointPipe, open_line
+from srpc_client.errors import UntrustedServer
+from srpcd import passing
 from srpcd.wire import frames, messages
 from srpcd.wire.limits import MIB
 
@@ -646,44 +649,98 @@ async def test_listening_ends_with_the_announcement(local: FakeDaemon, tree: Pat
 # --- hostile directories -----------------------------------------------------------------------------------------------
 
 
-def _symlinked_pipe(line: FakeLine) -> None:
-    (line.path / "send").rename(line.path / "elsewhere")
-    (line.path / "send").symlink_to("elsewhere")
-
-
-def _regular_file(line: FakeLine) -> None:
-    (line.path / "recv").unlink()
-    (line.path / "recv").write_bytes(frames.frame(frames.CALLER, 0, b"{}"))
-
-
-def _symlinked_directory(line: FakeLine) -> None:
+def _symlink(line: FakeLine) -> None:
     line.path.rename(line.path.with_name("elsewhere"))
     line.path.symlink_to("elsewhere")
 
 
-def _foreign_pipe(line: FakeLine) -> None:
-    os.chown(line.path / "recv", 12345, -1)
+def _regular_file(line: FakeLine) -> None:
+    line.path.unlink()
+    line.path.write_bytes(frames.frame(frames.CALLER, 0, b"{}"))
 
 
-def _foreign_directory(line: FakeLine) -> None:
+def _symlinked_directory(line: FakeLine) -> None:
+    directory = line.path.parent
+    directory.rename(directory.with_name("elsewhere"))
+    directory.symlink_to("elsewhere")
+
+
+def _foreign_socket(line: FakeLine) -> None:
     os.chown(line.path, 12345, -1)
 
 
-@pytest.mark.parametrize("spoil", [_symlinked_pipe, _regular_file, _symlinked_directory, _foreign_pipe, _foreign_directory])
-async def test_a_line_that_the_daemon_can_not_have_made_is_not_opened(
-    local: FakeDaemon, tree: Path, make_line: MakeLine, caplog: pytest.LogCaptureFixture, spoil: object
+def _foreign_directory(line: FakeLine) -> None:
+    os.chown(line.path.parent, 12345, -1)
+
+
+@pytest.mark.parametrize("spoil", [_symlink, _regular_file, _symlinked_directory, _foreign_socket, _foreign_directory])
+async def test_a_line_that_the_daemon_can_not_have_made_is_not_connected(
+    local: FakeDaemon, make_line: MakeLine, spoil: Callable[[FakeLine], None]
 ) -> None:
-    if spoil in (_foreign_pipe, _foreign_directory) and os.geteuid() != 0:
+    if spoil in (_foreign_socket, _foreign_directory) and os.geteuid() != 0:
         pytest.skip("only root gives files away")
-    assert callable(spoil)
+    line = make_line()
+    spoil(line)
+    with pytest.raises(UntrustedServer):
+        open_line(local.address.removeprefix("unix:"), 1)
+    assert line.socket is None
+
+
+@pytest.mark.needs_root
+async def test_a_line_at_which_somebody_else_listens_is_left(local: FakeDaemon, make_line: MakeLine) -> None:
+    """The file may be root's, and the process behind it not: it could pass for any caller."""
+    line = make_line()
+    line.path.unlink()
+    impostor = os.fork()
+    if impostor == 0:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(line.path))
+        os.seteuid(12345)
+        listener.listen()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    os.waitpid(impostor, os.WUNTRACED)
+    try:
+        with pytest.raises(UntrustedServer, match="uid 12345"):
+            open_line(local.address.removeprefix("unix:"), 1)
+    finally:
+        os.kill(impostor, signal.SIGKILL)
+        os.waitpid(impostor, 0)
+
+
+async def test_a_line_that_can_not_be_trusted_is_passed_over(
+    local: FakeDaemon, tree: Path, make_line: MakeLine, caplog: pytest.LogCaptureFixture
+) -> None:
     bad, _good = make_line(1), make_line(2)
-    spoil(bad)
+    _symlink(bad)
     async with announced(local, tree) as announcement:
         local.tell_line(1)
         line = await first_line(local, announcement, 2)
         assert line.caller.user == "alice"
         assert len(announcement._lines) == 1
     assert "EPERM" in caplog.text
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["from Linux 6.16 on", "before"])
+async def test_a_caller_that_sends_a_descriptor_along_gets_no_more_than_an_end(
+    local: FakeDaemon, tree: Path, make_line: MakeLine, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    if old:
+        monkeypatch.setattr(passing, "refuse_descriptors", lambda _sock: False)
+    worker = make_line()
+    async with announced(local, tree) as announcement:
+        line = await first_line(local, announcement)
+        worker.call(1, b"honest")
+        assert (await anext(line)).payload == b"honest"
+        assert worker.socket is not None
+        before = len(os.listdir("/proc/self/fd"))
+        try:
+            socket.send_fds(worker.socket, [b"x"], [0])
+        except PermissionError:  # refused
+            assert not old
+            return
+        async with asyncio.timeout(5):
+            await line.wait_closed()
+        assert len(os.listdir("/proc/self/fd")) < before
 
 
 async def test_a_line_whose_caller_has_gone_already_is_passed_over(

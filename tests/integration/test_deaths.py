@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from errno import EACCES, EAGAIN, ECANCELED, ECONNRESET, ENXIO, ESTALE, ETIMEDOUT
 from pathlib import Path
 
@@ -220,20 +220,18 @@ async def test_a_service_that_is_restarted_within_a_second_is_waited_for(daemon:
             assert await call == b"[0, 0]"
 
 
-def _has_line(service: "subprocess.Popen[bytes]") -> bool:
-    """Whether the service has a caller's line open."""
-    for link in Path(f"/proc/{service.pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            if "/lines/" in os.readlink(link):
-                return True
-    return False
+def _connected_lines(daemon: realm.Daemon) -> int:
+    """How many lines services have connected. The accepted end keeps the name in the kernel's list."""
+    listed = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return sum(fields[5] == "03" and fields[7].startswith(f"{daemon.lines}/") for fields in listed if len(fields) > 7)
 
 
 async def test_of_two_processes_that_serve_an_endpoint_one_may_die(daemon: realm.Daemon) -> None:
     async with await dial(daemon, "alice") as alice:
-        with serving(daemon, "calc3", "slow") as first, serving(daemon, "calc3", "slow") as second:
+        with serving(daemon, "calc3", "slow") as first, serving(daemon, "calc3", "slow"):
+            before = _connected_lines(daemon)
             await alice.call("/calc3/slow", b"0")
-            await reach(lambda: _has_line(first) and _has_line(second))
+            await reach(lambda: _connected_lines(daemon) == before + 2)
             calls = begin(alice, "/calc3/slow", b"0.7", CALLS)
             await asyncio.sleep(0.2)
             first.kill()
@@ -651,8 +649,23 @@ async def test_a_service_that_never_opens_its_line_lets_calls_time_out(impatient
             calls = begin(alice, "/deaf/one")
             await asyncio.sleep(0.2)
             service.kill()
-            assert set(await outcomes(calls)) <= {ECONNRESET, ENXIO}
-    await reach(lambda: not list((impatient.lines / str(realm.account("svc").uid)).glob("*/*")))
+            assert set(await outcomes(calls)) <= {ENXIO, ETIMEDOUT}  # no service has got them
+    await reach(lambda: not list((impatient.lines / str(realm.account("svc").uid)).glob("*")))
+
+
+async def test_a_line_that_waits_for_its_service_ends_with_the_callers_permission(daemon: realm.Daemon) -> None:
+    """Else a service that takes its time would give a worker a line that its user may not have any more."""
+    stage.make_directory(daemon.tree / "late", "svc", "calc")
+    mine = daemon.lines / str(realm.account("svc").uid)
+    before = set(mine.glob("*"))
+    with stage.service(daemon, "/late/one", code=NEVER_OPENS):
+        async with await dial(daemon, "alice") as alice:
+            (call,) = begin(alice, "/late/one", count=1)
+            await reach(lambda: set(mine.glob("*")) - before)
+            (daemon.tree / "late/one").chmod(0o600)
+            await reach(lambda: not set(mine.glob("*")) - before)
+            assert set(await outcomes([call])) <= {ENXIO, EACCES}
+            assert await outcomes([alice.call("/open/echo", b"x")]) == {0: 1}  # the worker had no line, and lives
 
 
 async def test_a_worker_ends_when_idle_and_not_before(impatient: realm.Daemon) -> None:

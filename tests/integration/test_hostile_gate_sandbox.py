@@ -116,7 +116,7 @@ def code(daemon: realm.Daemon, attempt: str) -> str:
     names = {
         "key": str(daemon.directory / "keys/key.pem"),
         "lines": str(daemon.lines),
-        "line": f"{daemon.lines}/{realm.account('svc').uid}/1/recv",
+        "line": f"{daemon.lines}/{realm.account('svc').uid}/1",
         "endpoint": str(daemon.tree / "calc/nothing"),
         "tcp": daemon.tcp,
         "local": str(daemon.local),

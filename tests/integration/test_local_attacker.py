@@ -15,7 +15,7 @@ from tests.integration import stage
 pytestmark = pytest.mark.needs_root
 
 ATTACK = """
-import glob, os, sys, stat
+import os, socket, sys
 tree, lines, svc = sys.argv[1:4]
 def attempt(work):
     try:
@@ -24,11 +24,14 @@ def attempt(work):
         return -fault.errno
 found = [attempt(lambda: os.listdir(lines)), attempt(lambda: os.listdir(f"{lines}/{svc}"))]
 for number in range(40):
-    for end in ("recv", "send", ".", "new"):
-        for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT):
-            found.append(attempt(lambda: os.open(f"{lines}/{svc}/{number}/{end}", flags | os.O_NONBLOCK)))
-        found.append(attempt(lambda: os.unlink(f"{lines}/{svc}/{number}/{end}")))
-    found.append(attempt(lambda: os.rename(f"{lines}/{svc}/{number}", f"{lines}/{svc}/x")))
+    name = f"{lines}/{svc}/{number}"
+    for flags in (os.O_RDONLY, os.O_WRONLY, os.O_PATH, os.O_WRONLY | os.O_CREAT):
+        found.append(attempt(lambda: os.open(name, flags | os.O_NONBLOCK)))
+    with socket.socket(socket.AF_UNIX) as sock:
+        found.append(attempt(lambda: sock.connect(name) or 0))
+        found.append(attempt(lambda: sock.bind(f"{lines}/{svc}/{1000 + number}") or 0))
+    found.append(attempt(lambda: os.unlink(name) or 0))
+    found.append(attempt(lambda: os.rename(name, f"{lines}/{svc}/x") or 0))
 found.append(attempt(lambda: os.mkdir(f"{lines}/{os.getuid()}")))
 found.append(attempt(lambda: os.mkdir(f"{lines}/{svc}/99")))
 print(repr([each for each in found if not isinstance(each, int) or each >= 0]))

@@ -315,10 +315,10 @@ async def test_lines_that_a_killed_daemon_left_are_removed_at_the_next_start(mak
         async with await dial(daemon) as alice:
             calls = begin(alice, "/calc/deaf", number=2)
             mine = daemon.lines / str(realm.account("svc").uid)
-            await _later(lambda: _pipes(mine))
+            await _later(lambda: _sockets(mine))
             daemon.kill()
             assert await outcomes(calls) == {ECONNRESET: 2}
-            assert len(_pipes(mine)) == 2, "nobody was left to remove them"
+            assert len(_sockets(mine)) == 1, "nobody was left to remove it"
         planted = daemon.lines / "0" / "planted"
         planted.mkdir(parents=True)
         daemon.start()
@@ -328,8 +328,8 @@ async def test_lines_that_a_killed_daemon_left_are_removed_at_the_next_start(mak
     assert len(set(realm.fds()) - before) == 0
 
 
-def _pipes(directory: Path) -> list[Path]:
-    return list(directory.glob("*/*"))
+def _sockets(directory: Path) -> list[Path]:
+    return list(directory.glob("*"))
 
 
 async def _later(condition: Callable[[], object], seconds: float = stage.WAIT_SECONDS) -> None:

@@ -260,10 +260,10 @@ class Bench:
     def line(self, inode: tuple[int, int]) -> Handler:
         """A new line for an endpoint, as the monitor makes it."""
         self.lines += 1
-        read, recv = os.pipe()
-        send, write = os.pipe()
-        self.send(ipc.Line(self.lines, *inode), recv, send)
-        handler = Handler(self.lines, read, write)
+        ours, theirs = socket.socketpair()
+        self.send(ipc.LineExpected(self.lines, *inode))
+        self.send(ipc.Line(self.lines), theirs.detach())
+        handler = Handler(self.lines, ours.fileno(), os.dup(ours.detach()))
         self.peers.append(handler)
         return handler
 

@@ -2,8 +2,8 @@
 
 import errno
 import os
+import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -337,32 +337,49 @@ def test_a_line_whose_announcement_ended_takes_no_new_calls_but_may_answer_its_o
     assert gate.outcome(late) == errno.ENXIO
 
 
-def test_a_line_of_named_pipes_that_the_service_opens_later_is_waited_for(
-    bench: "Bench", gate: "Gate", tmp_path: Path
-) -> None:
+def test_a_line_that_the_service_connects_later_is_waited_for(bench: "Bench", gate: "Gate") -> None:
     os.mkfifo(bench.tree / "echo")
     (bench.tree / "echo").chmod(0o666)
     dev, ino, _kind = gate.walk("echo")
     tag = gate.start("echo", b"hello", (dev, ino))
     bench.told()
-    os.mkfifo(tmp_path / "recv")
-    os.mkfifo(tmp_path / "send")
-    held = os.open(tmp_path / "recv", os.O_RDWR)
-    recv = os.open(tmp_path / "recv", os.O_WRONLY)
-    send = os.open(tmp_path / "send", os.O_RDONLY | os.O_NONBLOCK)
-    bench.send(ipc.Line(9, dev, ino), recv, send)
+    bench.send(ipc.LineExpected(9, dev, ino))
     bench.send(ipc.Lines(dev, ino, 0))
-    assert gate.silent(0.2)  # nobody has opened `send` yet: that is no end of file
-    mine = os.open(tmp_path / "recv", os.O_RDONLY), os.open(tmp_path / "send", os.O_WRONLY)
-    os.close(held)
-    data = os.read(mine[0], 65536)
-    kind, seq, _length = frames.HEADER.unpack_from(data)
-    assert kind == frames.CALL
-    os.write(mine[1], frames.frame(frames.CALL_REPLY, seq, bytes(4)))
-    assert gate.outcome(tag) == 0
-    os.close(mine[0])
+    assert gate.silent(1.5)  # where no line is expected, it is over after a second
+    ours, theirs = socket.socketpair()
+    with ours:
+        bench.send(ipc.Line(9), theirs.detach())
+        kind, seq, _length = frames.HEADER.unpack_from(ours.recv(65536))
+        assert kind == frames.CALL
+        ours.sendall(frames.frame(frames.CALL_REPLY, seq, bytes(4)))
+        assert gate.outcome(tag) == 0
     assert bench.told() == ipc.LineGone(9)
-    os.close(mine[1])
+
+
+def test_a_line_that_the_service_does_not_connect_is_not_waited_for_any_longer(bench: "Bench", gate: "Gate") -> None:
+    os.mkfifo(bench.tree / "echo")
+    (bench.tree / "echo").chmod(0o666)
+    dev, ino, _kind = gate.walk("echo")
+    tag = gate.start("echo", b"hello", (dev, ino))
+    bench.told()
+    bench.send(ipc.LineExpected(9, dev, ino))
+    bench.send(ipc.Lines(dev, ino, 0))
+    assert gate.silent(1.2)
+    bench.send(ipc.LineOver(9))
+    assert gate.outcome(tag) == errno.ENXIO
+
+
+@pytest.mark.parametrize("direction", [socket.SHUT_RD, socket.SHUT_WR])
+def test_a_service_that_shuts_down_one_direction_has_ended_its_line(bench: "Bench", gate: "Gate", direction: int) -> None:
+    inode, handler = bench.announced(gate)
+    tag = gate.start("echo", b"", inode)
+    handler.request()
+    with socket.socket(fileno=os.dup(handler.fds[0])) as end:
+        end.shutdown(direction)
+    if direction == socket.SHUT_RD:  # seen at the next write
+        gate.start("echo", b"", inode)
+    assert gate.outcome(tag) == errno.ECONNRESET
+    assert bench.told() == ipc.LineGone(handler.number)
 
 
 def test_a_gate_whose_sessions_are_over_gets_what_is_under_way_and_begins_nothing(bench: "Bench", gate: "Gate") -> None:

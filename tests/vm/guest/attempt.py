@@ -48,11 +48,6 @@ def attach(pid: int) -> None:
         raise OSError(ctypes.get_errno(), "ptrace")
 
 
-def write(path: str) -> None:
-    """One byte at most: opening is what matters."""
-    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-
-
 def tell(path: str, value: str) -> None:
     """Write into a file of the kernel's."""
     fd = os.open(path, os.O_WRONLY)
@@ -81,7 +76,7 @@ ATTEMPTS: "dict[str, Callable[[], object]]" = {
     "kill": lambda: os.kill(int(sys.argv[1]), 18),  # SIGCONT: the victim goes on living
     "memory": lambda: mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANON, 7).close(),
     "tree": lambda: child(lambda: os.mkdir("/srv/rpc/attempt")),
-    "line": lambda: write("/run/srpctest/line"),
+    "line": lambda: connect(socket.AF_UNIX, "/run/srpctest/line"),
     "booleans": lambda: tell("/sys/fs/selinux/commit_pending_bools", "0"),  # 0: none
     "context": lambda: child(lambda: tell("/proc/thread-self/attr/current", "unconfined_u:unconfined_r:unconfined_t:s0")),
 }

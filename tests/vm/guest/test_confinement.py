@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from errno import EACCES, ENXIO, EPERM
+from errno import EACCES, EAGAIN, ENXIO, EPERM
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ import pytest
 
 from srpc_client import blocking
 from tests.vm.guest.denials import Expected
+from tests.vm.guest.test_contexts import Journal, Served, held, main_pid
 
 PRODUCT = Path("/usr/lib/srpc/lib/python3.11/site-packages")
 HOSTILE = Path(__file__).parents[2] / "hostile"
@@ -128,7 +129,7 @@ ALL = {
 }
 UNPRIVILEGED = {
     "connect out": Attempt("Socket(2, 1).connect(('127.0.0.1', 22))", "{domain}:tcp_socket create"),
-    "write into a user's line": Attempt("os.open({line!r}, os.O_WRONLY | os.O_NONBLOCK)", "srpc_runtime_t:dir search"),
+    "connect a user's line": Attempt("Socket(1, 1).connect({line!r})", "srpc_runtime_t:dir search"),
     "be root": Attempt("os.setresuid(0, 0, 0)", "", EPERM),
     "be another user": Attempt("os.setresuid(1, 1, 1)", "", EPERM),
     "be in another group": Attempt("os.setgroups([0])", "", EPERM),
@@ -253,14 +254,16 @@ def somebody(user: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def line() -> Iterator[Path]:
-    """The end of a line where lines are, as the monitor makes it for a service of svc's."""
+    """A line, as the monitor makes it for a service of svc's."""
     directory = Path(f"/run/srpc/lines/{pwd.getpwnam('svc').pw_uid}")
     directory.mkdir(0o700, exist_ok=True)
-    pipe = directory / "recv"
-    if not pipe.exists():
-        os.mkfifo(pipe, 0o600)
-        label(pipe, "srpc_endpoint_t")
-    yield pipe
+    path = directory / "1"
+    with socket.socket(socket.AF_UNIX) as listener:
+        if not path.exists():
+            listener.bind(str(path))
+            listener.listen()
+            label(path, "srpc_endpoint_t")
+        yield path
     subprocess.run(["rm", "-rf", directory], check=True)
 
 
@@ -400,6 +403,32 @@ class TestGate:
         assert until(lambda: "gate-restart level=error gate=local status=-31" in journal())
 
 
+LINE = """
+tell(ipc.LinesWanted(path, found.st_dev, found.st_ino))
+fd = setup.__dict__['kept'] = wait(ipc.Line)[1][0]
+"""
+USES = """
+from srpcd.wire import frames
+flush = frames.frame(frames.FLUSH, 0, frames.SEQ.pack(1))  # of no call: it means nothing
+out, into = os.pipe()
+os.write(into, flush)
+result = [attempt(lambda: os.write(fd, flush)), attempt(lambda: Socket(fileno=os.dup(fd)).send(flush)),
+          attempt(lambda: os.splice(out, fd, len(flush))), attempt(lambda: os.read(fd, 1))]
+"""
+
+
+@pytest.fixture
+def served(workers: dict[str, Taken]) -> Iterator[Served]:
+    """An endpoint with a service, at the daemon whose workers are taken over."""
+    assert workers
+    log = Journal()
+    made = Served(TREE / "open")
+    assert log.says("announce outcome=granted .*endpoint=/open/who", 60)
+    yield made
+    made.end()
+    made.pipe.unlink()
+
+
 @pytest.fixture(scope="class")
 def workers() -> Iterator[dict[str, Taken]]:
     with in_the_place_of(PRODUCT / "srpcd/worker/__main__.py", hostile("worker")), contextlib.ExitStack() as stack:
@@ -419,6 +448,20 @@ class TestWorker:
         self, workers: dict[str, Taken], user: str, name: str, expected_denials: Expected
     ) -> None:
         workers[user].tries(ATTEMPTS["worker"][name], expected_denials)
+
+    def test_a_line_that_it_has_is_of_no_use_from_the_moment_on_when_the_rule_has_gone(
+        self, workers: dict[str, Taken], served: Served, expected_denials: Expected
+    ) -> None:
+        """By no way, while the monitor can't end it."""
+        taken = workers["alice"]
+        code = f"{PRELUDE}path, found = {served.path[1:]!r}, os.stat({str(served.pipe)!r})\n{LINE}{USES}"
+        assert eval(taken.run(code)) == [28, 28, 28, -EAGAIN]
+        try:
+            with expected_denials("srpc_staff_worker_t srpc_endpoint_t:unix_stream_socket *"), held(main_pid()):
+                subprocess.run(["setsebool", "srpc_call_default", "off"], check=True)
+                assert eval(taken.run(f"{PRELUDE}fd = setup.__dict__['kept']\n{USES}")) == [-EACCES] * 4
+        finally:
+            subprocess.run(["setsebool", "srpc_call_default", "on"], check=True)
 
 
 PROGRAM = """#!/usr/bin/python3 -I

@@ -35,17 +35,19 @@ WORKERS = {
 """As `semanage login` maps them, and the first role that they have; carol by `__default__`."""
 
 SERVICE = """
-import asyncio, json, os, stat, sys
+import asyncio, json, os, socket, sys
 from srpc_client import serve
 
 def labels(request):
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
-            if stat.S_ISFIFO(os.fstat(int(name)).st_mode):
-                found.append(os.getxattr(f"/proc/self/fd/{name}", "security.selinux").rstrip(b"\\0").decode())
+            with socket.socket(fileno=os.dup(int(name))) as sock:
+                peer = sock.getsockopt(socket.SOL_SOCKET, 31, 4096).rstrip(b"\\0").decode()  # SO_PEERSEC
         except OSError:
-            pass
+            continue
+        if ":object_r:" in peer:
+            found.append(peer)
     return json.dumps([request.caller.context, sorted(found)]).encode()
 
 asyncio.run(serve({path: labels for path in sys.argv[2:]}, address=sys.argv[1]))
@@ -66,6 +68,16 @@ def context_of(pid: int) -> str:
 def label_of(path: Path) -> str:
     """Of a file."""
     return os.getxattr(path, "security.selinux", follow_symlinks=False).rstrip(b"\0").decode()
+
+
+def line_labels(pid: int) -> set[str]:
+    """Labels of the lines that a worker has."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(link).startswith("socket:"):
+                found.add(os.getxattr(link, "security.selinux").rstrip(b"\0").decode())
+    return {each for each in found if ":object_r:" in each}
 
 
 def relabel(path: Path, label: str) -> None:
@@ -202,7 +214,7 @@ class Served:
         self.process = subprocess.Popen(command, user="svc", group=owner.pw_gid, extra_groups=[], cwd="/")
 
     def ask(self, connection: blocking.Connection) -> tuple[str, list[str]]:
-        """(the caller's context as the service was told it, labels of its lines' pipes)."""
+        """(the caller's context as the service was told it, contexts of the other ends of its lines)."""
         context, labels = eval(connection.call(self.path, b"", timeout=60).replace(b"null", b"None"))
         return context, labels
 
@@ -364,9 +376,13 @@ def test_the_service_is_told_its_callers_context_and_lines_carry_the_endpoints_l
     own = label_of(served.pipe)
     assert own.split(":")[2] == "srpc_endpoint_t"
     with dial("alice") as alice, dial("bob") as bob:
-        # The endpoint's own pipe, and two for each line.
-        assert served.ask(alice) == (WORKERS["alice"], [own] * 3)
-        assert served.ask(bob) == (WORKERS["bob"], [own] * 5)
+        for count, (user, connection) in enumerate((("alice", alice), ("bob", bob)), 1):
+            context, lines = served.ask(connection)
+            assert context == WORKERS[user]
+            # The kernel gives an accepted socket the level of who has connected, and its file the listener's.
+            assert {each.split(":")[:3] == own.split(":")[:3] for each in lines} == {True}
+            assert len(lines) == count
+            assert line_labels(worker(user)) == {own}
     for each in (LINES, *LINES.iterdir()):
         assert label_of(each).split(":")[2] == "srpc_runtime_t"
 
@@ -400,9 +416,10 @@ def test_another_label_of_the_endpoint_is_another_of_its_lines(served: Served, j
     with dial("alice") as alice:
         own = label_of(served.pipe)
         before = worker("alice")
-        assert served.ask(alice)[1] == [own] * 3
+        served.ask(alice)
+        assert line_labels(before) == {own}
         relabel(served.pipe, f"{own}:c1")
-        assert until(lambda: served.ask(alice)[1] == [f"{own}:c1"] * 3)
+        assert until(lambda: served.ask(alice) and line_labels(before) == {f"{own}:c1"})
         assert worker("alice") == before  # it still may call: nothing was killed for that
         assert "process-kill" not in journal.text()
 

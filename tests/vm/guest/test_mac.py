@@ -11,6 +11,7 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -319,18 +320,18 @@ def test_two_resident_programs_of_one_user_can_not_touch_each_other(
 
 # --- what no process of the daemon's may do ----------------------------------------------------------------------------
 
-EVERYBODY = frozenset({"shadow", "home", "network", "ptrace", "kill", "memory", "tree", "booleans", "context"})
+EVERYBODY = frozenset({"shadow", "home", "network", "ptrace", "kill", "memory", "tree", "line", "booleans", "context"})
 """Attempts that are refused in every domain."""
 
 DOMAINS = {
     "system_u:system_r:srpcd_t:s0": {"bus", "shell", "command"},
-    "system_u:system_r:srpc_gate_t:s0": {"key", "bus", "shell", "command", "setuid", "line"},
-    "system_u:system_r:srpc_auth_t:s0": {"key", "bus", "shell", "command", "setuid", "line"},
-    WORKERS["alice"]: {"key", "bus", "shell", "command", "setuid", "line"},
-    WORKERS["bob"]: {"key", "bus", "shell", "command", "setuid", "line"},
-    WORKERS["carol"]: {"key", "bus", "shell", "command", "setuid", "line"},
-    "staff_u:staff_r:srpc_program_t:s0:c1": {"key", "bus", "setuid", "line"},
-    "staff_u:staff_r:srpctest_one_t:s0:c1": {"key", "bus", "setuid", "line"},
+    "system_u:system_r:srpc_gate_t:s0": {"key", "bus", "shell", "command", "setuid"},
+    "system_u:system_r:srpc_auth_t:s0": {"key", "bus", "shell", "command", "setuid"},
+    WORKERS["alice"]: {"key", "bus", "shell", "command", "setuid"},
+    WORKERS["bob"]: {"key", "bus", "shell", "command", "setuid"},
+    WORKERS["carol"]: {"key", "bus", "shell", "command", "setuid"},
+    "staff_u:staff_r:srpc_program_t:s0:c1": {"key", "bus", "setuid"},
+    "staff_u:staff_r:srpctest_one_t:s0:c1": {"key", "bus", "setuid"},
 }
 """By context: what is refused there besides. The rest is what that process is for."""
 
@@ -344,9 +345,11 @@ def attempts(place: Path) -> Iterator[Callable[[str], dict[str, int]]]:
     runtime = Path("/run/srpctest")
     runtime.mkdir()
     line = runtime / "line"
-    os.mkfifo(line, 0o666)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(line))
+    listener.listen()
+    line.chmod(0o666)
     relabel(line, "system_u:object_r:srpctest_other_endpoint_t:s0")
-    reader = os.open(line, os.O_RDONLY | os.O_NONBLOCK)
     victim = subprocess.Popen(["sleep", "3600"])
 
     def attempt(context: str) -> dict[str, int]:
@@ -366,7 +369,7 @@ def attempts(place: Path) -> Iterator[Callable[[str], dict[str, int]]]:
     yield attempt
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    os.close(reader)
+    listener.close()
     shutil.rmtree(runtime)
 
 
