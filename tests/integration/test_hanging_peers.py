@@ -4,9 +4,11 @@ The attacker is an ordinary user with a FUSE file system of its own (tests/hosti
 services are the product as it is.
 """
 
+import functools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import pytest
 
 from srpc_client import blocking
 from tests import realm
-from tests.hostile.puppet import HERE, hostile_daemon
+from tests.hostile.puppet import HERE, Puppet, hostile_daemon, run_over_tcp
 from tests.integration import stage
 from tests.realm import mounts, processes
 
@@ -232,3 +234,63 @@ def test_a_worker_can_not_hang_the_services_that_it_calls(taken_over: realm.Daem
             assert stage.eventually(lambda: report.said("held" if how == "page" else "done"), 20)
         answered = bob.call("/y", (line + ASK).encode(), timeout=20)
         assert answered.startswith(b"b'bob:"), answered
+
+
+CHANNELS = {"monitor": "MONITOR.fileno()", "standard error": "2", "gate": "next(iter(gates))"}
+ATTEMPTS = int(os.environ.get("SRPC_TEST_ATTEMPTS", "1"))
+"""How often each attack on monitor and gate is made."""
+
+
+@pytest.mark.parametrize("how", WORKERS_WAYS)
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_a_worker_can_hang_neither_the_monitor_nor_a_gate(
+    taken_over: realm.Daemon, report: Workshop, channel: str, how: str
+) -> None:
+    monitor, gates = taken_over.pid, taken_over.processes("gate")
+    for _ in range(ATTEMPTS):
+        report.report.write_text("")
+        with stage.dial(taken_over, "alice") as alice:
+            if how == "linger":
+                code = f"{LINGER}\nglobals()['kept'] = kept\nattack_by_lingering({CHANNELS[channel]})"
+            else:
+                code = f"import subprocess\nos.setresgid(*[os.getgid()] * 3)\nfd = {CHANNELS[channel]}\n"
+                code += f"subprocess.Popen({report.command(how)!r}, stdout=fd)"
+            thread = in_background(functools.partial(alice.call, "/x", code.encode(), timeout=5))
+            if how != "linger":
+                assert stage.eventually(lambda: report.said("held" if how == "page" else "done"), 20)
+            for _ in range(3):
+                with stage.dial(taken_over, "bob") as bob:
+                    assert bob.call("/y", b"result = 'here'", timeout=20) == b"'here'"
+            thread.join(30)
+    assert taken_over.pid == monitor
+    assert {each.pid for each in taken_over.processes("gate")} == {each.pid for each in gates}
+
+
+def test_a_gate_that_hangs_in_the_kernel_is_replaced(private_realm: realm.Place, report: Workshop) -> None:
+    """Not even SIGKILL ends it. Its connections are lost; the listening sockets are the monitor's."""
+    hang = f"""
+import subprocess
+os.setresgid(*[os.getgid()] * 3)
+reading, writing = os.pipe()
+subprocess.Popen({report.command("page")!r}, stdout=writing)
+while "done" not in open({str(report.report)!r}).read():
+    time.sleep(0.05)
+os.read(reading, 1)
+"""
+    with hostile_daemon("gate") as daemon:
+        before = {each.pid for each in daemon.processes("gate")}
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(daemon.local))
+            sock.sendall(hang.encode())
+            assert stage.eventually(lambda: report.said("done"), 20)
+            stuck = daemon.wait_event("process-stuck", 40, role="gate", name="local")["pid"]
+            assert stuck in before
+        assert run_over_tcp(daemon, "result = 1") == "1"
+        with Puppet(daemon, "alice") as alice:
+            assert alice.run("result = 'another one'") == "'another one'"
+        hung = processes.look(stuck)
+        assert hung is not None
+        assert hung.state == "D"
+        for each in [each for each in map(processes.look, map(int, filter(str.isdigit, os.listdir("/proc")))) if each]:
+            if str(report.program) in each.command:
+                os.kill(each.pid, signal.SIGKILL)
