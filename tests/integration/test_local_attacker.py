@@ -168,3 +168,47 @@ def test_a_worker_can_be_taken_over_by_its_user_at_no_moment_of_its_start(
             realm.finish(attacker)
         assert taken == []
         assert int(found) >= STARTS // 2
+
+
+TOUCH = """
+import ctypes, os, resource, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+def attempt(work):
+    try:
+        return work()
+    except OSError:
+        return None
+for pid in map(int, sys.argv[1:]):
+    done = []
+    pidfd = os.pidfd_open(pid)
+    for number in (0, signal.SIGCONT):
+        if attempt(lambda: signal.pidfd_send_signal(pidfd, number) or True):
+            done.append("signal")
+    for name in ("mem", "maps", "environ", "fd/0", "io", "stack", "syscall", "auxv", "root", "cwd"):
+        if attempt(lambda: os.close(os.open(f"/proc/{pid}/{name}", os.O_RDONLY)) or True):
+            done.append(name)
+    if any(libc.syscall(438, pidfd, fd, 0) >= 0 for fd in range(8)):
+        done.append("descriptors")
+    if libc.ptrace(0x4206, pid, None, None) == 0:
+        done.append("trace")
+    if libc.syscall(312, os.getpid(), pid, 0, 3, 3) >= 0:
+        done.append("kcmp")
+    if attempt(lambda: resource.prlimit(pid, resource.RLIMIT_CPU)):
+        done.append("limits")
+    if attempt(lambda: os.setpriority(os.PRIO_PROCESS, pid, 5) or True):
+        done.append("priority")
+    print(*sorted(set(done)) or "-")
+"""
+"""What an ordinary user can do to each of these processes."""
+
+
+def test_a_local_user_can_signal_and_limit_its_own_worker_and_touch_nothing_else(daemon: realm.Daemon) -> None:
+    with stage.dial(daemon, "alice") as alice, stage.dial(daemon, "bob") as bob:
+        assert alice.stat("/").is_dir
+        assert bob.stat("/").is_dir
+        (own,), (other,) = stage.workers(daemon, "bob"), stage.workers(daemon, "alice")
+        everything = [own.pid, other.pid, daemon.pid, *(each.pid for each in daemon.processes("gate"))]
+        done = realm.run_as("bob", realm.python(TOUCH, *map(str, everything)))
+        assert done.stdout.decode().splitlines() == ["limits priority signal", *["-"] * (len(everything) - 1)], done
+        assert bob.stat("/").is_dir
