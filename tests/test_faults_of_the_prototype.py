@@ -36,12 +36,12 @@ import pytest
 import srpc_client
 from srpc_client import CallTimeout, blocking
 from tests import realm
-from tests.integration.raw import ATTACH, AUTH, CALL, PING, WALK, Raw, addresses, call_body, frame, memory
+from tests.integration.raw import ATTACH, AUTH, CALL, PING, WALK, Raw, call_body, frame, memory
 from tests.realm import accounts
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_addresses = addresses(3)
+_addresses = realm.addresses()
 
 SERVICE = """
 import asyncio, sys

@@ -7,7 +7,6 @@ socket, from which it never reads, only to see when the connection is over: a ha
 import array
 import asyncio
 import contextlib
-import ipaddress
 import select
 import socket
 import struct
@@ -19,6 +18,7 @@ from srpcd import passing
 from srpcd.config import Limits
 from srpcd.monitor.children import Quota
 from srpcd.monitor.launch import Identity
+from srpcd.monitor.origins import Origin, of_host, of_uid, plain
 
 if TYPE_CHECKING:
     from srpcd.monitor.authentication import Afid
@@ -31,12 +31,12 @@ _ACCEPTS = 32
 
 
 class Peer(NamedTuple):
-    """Who is at the other end. name: for people. host: for PAM, empty on the local socket. origin: what limits count by,
-    an address (IPv6: a /64) or a uid. identity: of the process, as the kernel says; None over the network."""
+    """Who is at the other end. name: for people. host: for PAM, empty on the local socket. origin: what limits count by.
+    identity: of the process, as the kernel says; None over the network."""
 
     name: str
     host: str
-    origin: str
+    origin: Origin
     identity: Identity | None
 
 
@@ -116,14 +116,14 @@ class Counts:
         self.connections: Counter[str] = Counter()
         self.strangers: Counter[str] = Counter()
 
-    def refusal(self, origin: str) -> str:
+    def refusal(self, origin: Origin) -> str:
         """Which limit one more connection from `origin` would break; empty if none."""
         limits = self.limits
         for name, found, limit in (
             ("connections", self.connections.total(), limits.connections),
-            ("connections_per_address", self.connections[origin], limits.connections_per_address),
+            ("connections_per_address", self.connections[origin.address], limits.connections_per_address),
             ("strangers", self.strangers.total(), limits.strangers),
-            ("strangers_per_address", self.strangers[origin], limits.strangers_per_address),
+            ("strangers_per_address", self.strangers[origin.address], limits.strangers_per_address),
         ):
             if found >= limit:
                 return name
@@ -132,9 +132,10 @@ class Counts:
     def change(self, connection: Connection, by: int) -> None:
         """Count a connection, or count it no longer."""
         for counter in (self.connections,) if connection.known else (self.connections, self.strangers):
-            counter[connection.origin] += by
-            if not counter[connection.origin]:
-                del counter[connection.origin]
+            address = connection.origin.address
+            counter[address] += by
+            if not counter[address]:
+                del counter[address]
 
 
 def accept(listener: socket.socket, room: int, labelled: bool) -> list[tuple[socket.socket, Peer]]:
@@ -160,12 +161,9 @@ def accept(listener: socket.socket, room: int, labelled: bool) -> list[tuple[soc
 def _network_peer(sock: socket.socket, address: tuple[str, int]) -> Peer:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    host: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address[0].partition("%")[0])
-    if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped:  # by a socket for both: not all of IPv4 is one origin
-        host = host.ipv4_mapped
-    if host.version == 4:
-        return Peer(f"{host}:{address[1]}", str(host), str(host), None)
-    return Peer(f"[{host}]:{address[1]}", str(host), str(ipaddress.ip_network((host, 64), strict=False)), None)
+    host = plain(address[0].partition("%")[0])  # a socket for both families has IPv4-mapped addresses
+    name = f"{host}:{address[1]}" if host.version == 4 else f"[{host}]:{address[1]}"
+    return Peer(name, str(host), of_host(str(host)), None)
 
 
 def _local_peer(sock: socket.socket, labelled: bool) -> Peer:
@@ -174,4 +172,4 @@ def _local_peer(sock: socket.socket, labelled: bool) -> Peer:
     groups = array.array("I")
     groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024))
     context = sock.getsockopt(socket.SOL_SOCKET, SO_PEERSEC, 1024).rstrip(b"\0").decode(errors="replace") if labelled else ""
-    return Peer(f"uid:{uid}", "", f"uid:{uid}", Identity(uid, gid, tuple(sorted(set(groups) | {gid})), context))
+    return Peer(f"uid:{uid}", "", of_uid(uid), Identity(uid, gid, tuple(sorted(set(groups) | {gid})), context))

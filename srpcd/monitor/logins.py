@@ -51,7 +51,7 @@ class Logins:
         try:
             if not by_password and process is None:
                 raise Denied(EOPNOTSUPP, "the mechanism peer is for the local socket")
-            async with self._failures.attempt((user, connection.origin)) as attempt:
+            async with self._failures.attempt((user, connection.origin.address)) as attempt:
                 attempt.begun = True
                 connection.failures += 1
                 if process is not None:  # who it is not can be told without PAM

@@ -118,7 +118,7 @@ class Raw:
     ) -> "Raw":
         """Connect and shake hands.
 
-        source: the address to come from, of 127.0.0.0/8. alpn: None is what the server wants, an empty list no ALPN.
+        source: the address to come from, of `realm.addresses()`. alpn: None is what the server wants, an empty list no ALPN.
         receive_buffer: bytes that the kernel keeps for us, 0 for as many as it likes.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -394,12 +394,6 @@ def client_hello() -> bytes:
     with suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
     return outgoing.read()
-
-
-def addresses(number: int) -> Iterator[str]:
-    """Source addresses on loopback that no other series has: limits and delays that count by address do not mix."""
-    for count in range(1, 65025):
-        yield f"127.{number}.{count // 255}.{count % 255 or 255}"
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Authentication end to end: a real daemon, real PAM, real TLS, and clients that do what they should not.
 
-Delays and limits count by user and address, so each test comes from addresses of its own (127.1.0.0/16).
+Delays and limits count by user and address, so each test comes from addresses of its own.
 """
 
 import os
@@ -27,7 +27,6 @@ from tests.integration.raw import (
     Ended,
     Frame,
     Raw,
-    addresses,
     first,
     frame,
     several,
@@ -38,7 +37,7 @@ pytestmark = pytest.mark.needs_root
 REFUSAL = 0.2
 """Seconds of `authentication.refusal` in these tests."""
 
-_addresses = addresses(1)
+_addresses = realm.addresses()
 
 ID = "#!/bin/sh\nexec id -un\n"
 

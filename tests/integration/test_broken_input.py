@@ -51,7 +51,6 @@ from tests.integration.raw import (
     Ended,
     Frame,
     Raw,
-    addresses,
     call_body,
     client_hello,
     exchange,
@@ -67,7 +66,7 @@ pytestmark = pytest.mark.needs_root
 MIB = 1 << 20
 KINDS = (AUTH, ATTACH, WALK, STAT, APPEND, CLUNK, CALL, FLUSH, PING, ANNOUNCE, LISTEN)
 
-_addresses = addresses(2)
+_addresses = realm.addresses()
 
 SERVICE = """
 import asyncio, sys

@@ -118,7 +118,7 @@ def test_limits_hold_for_new_connections_and_sessions_and_old_ones_go_on(daemon:
         assert bob.call(2, b"still").payload == b"still"
         with pytest.raises((OSError, SrpcError)):  # alice's connection counts, whichever gate it has
             stage.dial(daemon, "bob")
-        with Raw.tls(daemon.tcp, "127.0.0.3") as other:
+        with Raw.tls(daemon.tcp, next(realm.addresses())) as other:
             other.login("alice")
             assert len(stage.workers(daemon, "alice")) == 2, "with the new bounds, for the new session"
             stage.program(daemon.tree / "tools/nap", "#!/bin/sh\nsleep 3\necho awake\n")
@@ -231,7 +231,7 @@ def test_old_gates_end_with_the_age_of_sessions(daemon: ManagedDaemon) -> None:
 def test_many_reloads_leave_a_bounded_number_of_gates(daemon: ManagedDaemon) -> None:
     with ExitStack() as stack:
         for number in range(7):
-            raw = stack.enter_context(Raw.tls(daemon.tcp, f"127.0.0.{number + 1}"))
+            raw = stack.enter_context(Raw.tls(daemon.tcp))
             raw.answer(raw.post(PING))
             assert reload(daemon, {"limits": {"outstanding": 100 + number, "drain": 0.5}})["outcome"] == "done"
         assert stage.eventually(lambda: len(gates(daemon, "tls")) <= 5, 10), "four old ones, and the one that serves"

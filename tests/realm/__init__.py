@@ -2,7 +2,8 @@
 
 As root, `enter` lets the program go on in mount, PID, IPC and network namespaces of its own (see `namespaces`). There, and
 only there, `/etc` is a copy that has the accounts of `accounts.PEOPLE` and the PAM services of the tests, a tmpfs lies on
-`/srv` (tree, sockets, keys, code, temporary files), `/proc` shows this run's processes, and the only network is loopback.
+`/srv` (tree, sockets, keys, code, temporary files), `/proc` shows this run's processes, and the only network is loopback,
+with many addresses (see `network`).
 All of it ends with the program; nothing outside changes, and changes outside do not reach it. So several runs do not disturb
 each other.
 
@@ -30,6 +31,7 @@ from tests.realm.accounts import (
 )
 from tests.realm.acl import grant, strip
 from tests.realm.daemon import Daemon, DaemonFault
+from tests.realm.network import addresses
 from tests.realm.place import PYTHON, Place, enter, install, missing
 from tests.realm.processes import PACE, Process, alive, descendants, fds, finish, popen_as, python, run_as, status, until
 
@@ -45,6 +47,7 @@ __all__ = [
     "account",
     "add",
     "add_group",
+    "addresses",
     "alive",
     "change",
     "descendants",

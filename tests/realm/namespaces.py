@@ -27,7 +27,7 @@ import struct
 from pathlib import Path
 from typing import NoReturn
 
-from tests.realm import mounts
+from tests.realm import mounts, network
 
 CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x20000000, 0x40000000
 PR_SET_PDEATHSIG = 1
@@ -104,6 +104,7 @@ def _separate(outside: int, report: int) -> None:
 def _start_loopback() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+    network.make_addresses_local()
 
 
 def _be_init(tests: int, report: int) -> NoReturn:
