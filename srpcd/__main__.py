@@ -17,6 +17,7 @@ from srpcd import config as configuration
 from srpcd import confine, selinux
 from srpcd.config import Config, ConfigError
 from srpcd.log import Log, is_journal
+from srpcd.lograte import LogRate
 from srpcd.monitor import cgroups, launch
 from srpcd.monitor.cgroups import Groups
 from srpcd.monitor.faults import StartFault
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None, table: Table | None = None) -> int:
         return 2
     if options.check:
         return _check(config, personal)
-    log = Log(2, config.log.format, config.log.level, is_journal(2, os.environ))
+    rate = LogRate(config.log.lines_per_minute, config.log.bytes_per_second)
+    log = Log(2, config.log.format, config.log.level, is_journal(2, os.environ), rate)
 
     def load() -> Config:
         return configuration.load(options.config, options.set, personal)
@@ -110,7 +112,9 @@ async def _serve(config: Config, load: Callable[[], Config], log: Log, table: Ta
     manager = Manager(os.environ)  # first of all: what it passes must not get into a child
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would reap our children
     asyncio.get_running_loop().set_exception_handler(
-        lambda _loop, context: log.event("error", "warning", text=f"{context.get('message')}: {context.get('exception')!r}")
+        lambda _loop, context: log.peer_event(
+            "daemon", "error", "warning", text=f"{context.get('message')}: {context.get('exception')!r}"
+        )
     )
     own = Identity(os.getuid(), os.getgid(), tuple(sorted(os.getgroups())), "" if personal else _own_context())
     users = {"tls": config.gate_user, "local": config.local_gate_user}

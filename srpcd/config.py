@@ -31,6 +31,9 @@ GATE_MEMORY_MIN = 64 << 20
 RUNTIME_MAX = 107 - len("/srpc.sock")
 """Bytes of paths.runtime: sockaddr_un holds 108, one of them for the NUL at the end."""
 
+CONNECTIONS_MAX = 12_288
+"""Connections of one gate: it may have 16,384 descriptors, and needs two for each worker and some of its own."""
+
 
 class ConfigError(Exception):
     """The configuration can't be used; the message says which file, which key, and why."""
@@ -80,9 +83,12 @@ class Authentication(Section, frozen=True):
 
 
 class Limits(Section, frozen=True):
-    """How much of everything. Times in seconds; `per_address` counts IPv6 by /64, and the local socket by uid.
+    """How much of everything. Times in seconds.
 
-    strangers: connections on which nobody has authenticated yet. outstanding: requests of one connection.
+    connections: those on which a user has authenticated or that serve, of the network and of the local socket each.
+    strangers: the others, which come on top. What happens when there is one more is in `srpcd.monitor.admission`.
+    per_address: of one IPv4 address, IPv6 /64 or local uid; all of 127.0.0.0/8 and ::1 is one address.
+    outstanding: requests of one connection.
     lines_per_worker, workers: of the whole daemon. buffer: bytes that may wait for one slow reader before it is no
     longer read for. stall: whoever takes nothing for so long, or stops in the middle of a message, is disconnected.
     pace: bytes per second; whoever sends a large message, or takes what waits, more slowly for longer than `stall` is
@@ -126,10 +132,17 @@ class Users(Section, frozen=True):
 
 
 class Log(Section, frozen=True):
-    """format: "text" or "json" lines, on standard error."""
+    """format: "text" or "json" lines, on standard error. Two bounds hold for what peers cause (`srpcd.lograte`).
+
+    lines_per_minute: of one kind and origin. The default leaves in the log what tools that count failed logins look for
+    (some five in some minutes), and bounds one origin to about 10 KiB for each kind in a minute. bytes_per_second: of all
+    origins together; the default is 2.6 GiB in a day.
+    """
 
     format: Annotated[str, msgspec.Meta(pattern="^(text|json)$")] = "text"
     level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")] = "info"
+    lines_per_minute: Count = 60
+    bytes_per_second: Annotated[int, msgspec.Meta(ge=1024, le=1 << 30)] = 32768
 
 
 class Config(Section, frozen=True):
@@ -270,6 +283,8 @@ def _check(config: Config) -> None:
             size(value, least)
         except ValueError as fault:
             raise ConfigError(f"{name}: {value!r}: {fault}") from None
+    if config.limits.connections + config.limits.strangers > CONNECTIONS_MAX:
+        raise ConfigError(f"limits.connections: over {CONNECTIONS_MAX} with limits.strangers, and a gate can't have more")
     if "root" in config.authentication.allow:
         raise ConfigError("authentication.allow: root can't be allowed: no call is ever made as root")
 
@@ -301,7 +316,20 @@ def gates_memory(limits: Limits) -> int:
     A gate keeps its budget. Each connection costs CONNECTION_BYTES beside it: TLS, fids, what has come of a message. Four
     gates: two kinds, and as many again that serve their last connections after a reload.
     """
-    return 4 * (GATE_BYTES + size(limits.memory, GATE_MEMORY_MIN) + limits.connections * CONNECTION_BYTES)
+    connections = limits.connections + limits.strangers
+    return 4 * (GATE_BYTES + size(limits.memory, GATE_MEMORY_MIN) + connections * CONNECTION_BYTES)
+
+
+def within(limits: Limits, descriptors: int) -> Limits:
+    """`limits` with no more connections than a monitor with so many descriptors can keep.
+
+    It keeps one for each connection. A sixteenth of all is for the authenticated ones of a gate, and as much for the others:
+    a quarter for two gates. Half is for endpoints (`srpcd.monitor.lines`), and the last quarter for workers and logins. So
+    connections can't take the descriptors that a login needs.
+    """
+    each = max(1, descriptors // 16)
+    bounded = {"connections": min(limits.connections, each), "strangers": min(limits.strangers, each)}
+    return msgspec.structs.replace(limits, **bounded)
 
 
 def renew(old: Config, new: Config) -> tuple[Config, list[str]]:

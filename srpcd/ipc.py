@@ -379,13 +379,15 @@ class DescriptorsSent(Message):
 
 
 class Refusal(Message):
-    """For the log: the kernel (or a rule) refused a walk, stat or call."""
+    """For the log: the kernel (or a rule) refused a walk, stat or call. unreported: refusals of that user before this one
+    that have no message of their own."""
 
     conn: int
     session: int
     operation: str
     path: str
     errno: int
+    unreported: int
 
 
 # monitor ► worker

@@ -25,13 +25,21 @@ never a secret: this module knows neither, and nobody hands it any. The text for
 | process-end    | it has ended                                    | role, name, pid, status                            |
 | process-kill   | it was killed for what it did                   | role, name, pid, reason                            |
 | process-stuck  | it was killed and does not end: it is given up  | role, name, pid, text                              |
-| limit          | a bound was met                                 | which, peer, user, endpoint                        |
+| limit          | a bound was met                                 | which, outcome, peer, user, endpoint               |
 | gate-restart   | a gate died and is started again                | gate, status, wait                                 |
 | reload         | the configuration was read again, or refused    | outcome, reason, restart (keys that need one)      |
 | cgroups        | users have no control groups                    | state, reason                                      |
 | child-output   | a line of a child's standard error              | role, name, pid, text                              |
 | warning        | something that an administrator should look at  | text, and what it is about                         |
+| suppressed     | lines of one kind were left out (see below)     | origin, which, lines                               |
 | log-dropped    | lines were lost: nobody read standard error     | lines                                              |
+
+What peers cause is bounded (`srpcd.lograte`). Of the lines of one kind on behalf of one origin the first
+`log.lines_per_minute` in a minute are written, and of all of them together `log.bytes_per_second`. `suppressed` says how
+many were left out: once in a minute for each origin and kind (`which` is the event, with " refused" after it where the
+outcome is that), and once in a minute for all origins together, without `origin` and `which`. These are never left out:
+start, listen, ready, stop, sandbox, cgroups, reload, gate-restart, process-start and process-end of gates, process-kill,
+process-stuck.
 
 Fields say what a peer said, so a value can't leave its place: whatever is not a plain word is quoted as in JSON, with
 everything escaped that is not printable (Unicode's sense: line ends, terminal controls, direction overrides, unpaired
@@ -45,6 +53,8 @@ import stat
 import time
 from collections.abc import Mapping
 from socket import MSG_DONTWAIT, socket
+
+from srpcd.lograte import LogRate
 
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
@@ -66,11 +76,15 @@ class Log:
 
     stream: descriptor of standard error or the like. format: "text" or "json". level: the lowest of LEVELS to write.
     journal: the stream is the journal's: each line begins with the level as syslog numbers them (sd-daemon(3)).
+    rate: the bounds of what peers cause; None: practically none.
     """
 
-    def __init__(self, stream: int, format: str = "text", level: str = "info", journal: bool = False) -> None:
+    def __init__(
+        self, stream: int, format: str = "text", level: str = "info", journal: bool = False, rate: LogRate | None = None
+    ) -> None:
         self.dropped = 0
         """Lines lost since the last that could be written."""
+        self.rate = rate or LogRate(1_000_000, 1 << 30)
         self.configure(format, level)
         self._journal = journal
         self._torn = False  # half a line went out: the next begins on a line of its own
@@ -83,10 +97,46 @@ class Log:
         self._lowest = LEVELS[level]
 
     def event(self, level: str, event: str, /, **fields: Value) -> None:
-        """Write one event. level: of LEVELS. event, fields: as in the table above; a field that is None is left out."""
+        """Write one event, whatever was written before. Not for what a peer can cause again and again.
+
+        level: of LEVELS. event, fields: as in the table above; a field that is None is left out.
+        """
+        if LEVELS[level] >= self._lowest:
+            data = self._line(level, event, fields)
+            self.rate.charge(len(data), time.monotonic())
+            self._put(data)
+
+    def peer_event(self, origin: str, level: str, event: str, unreported: int = 0, /, **fields: Value) -> None:
+        """Write one event that a peer can cause as often as it likes, or count it where there were too many.
+
+        Args:
+            origin: whom it counts for: an address or network, a uid, "user:NAME", "gate:NAME".
+            level, event, fields: as for `event`.
+            unreported: number of events of the same kind and origin that the caller has no line for.
+        """
         if LEVELS[level] < self._lowest:
             return
-        data = self._line(level, event, fields)
+        now = time.monotonic()
+        kind = f"{event} refused" if fields.get("outcome") == "refused" else event
+        admitted = self.rate.admits(origin, kind, now, unreported)
+        self.report_suppressed()
+        if admitted:
+            data = self._line(level, event, fields)
+            if self.rate.pays(len(data), now):
+                self._put(data)
+
+    def report_suppressed(self, last: bool = False) -> None:
+        """Write what was left out in minutes that are over. To be called about once a second. last: in all minutes."""
+        now = time.monotonic()
+        for origin, which, lines in self.rate.suppressed(now, last):
+            data = self._line("warning", "suppressed", {"origin": origin or None, "which": which or None, "lines": lines})
+            if not origin:
+                self.rate.charge(len(data), now)
+            elif not self.rate.pays(len(data), now, lines):
+                continue
+            self._put(data)
+
+    def _put(self, data: bytes) -> None:
         if self.dropped:
             data = self._line("warning", "log-dropped", {"lines": self.dropped}) + data
         if self._torn:

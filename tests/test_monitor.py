@@ -130,7 +130,7 @@ async def test_what_changed_while_a_right_was_proved_is_looked_at_again(changed:
     endpoints._register = SimpleNamespace(endpoint=lambda *_: endpoint)
     identity = launch.Identity(20_000, 20_000, ())
     worker: Any = type("Worker", (), {"send": lambda *_: None})()  # hashable, which a SimpleNamespace is not
-    vars(worker).update(identity=identity, quota=None, waiting=1, state=None, endpoints=set())
+    vars(worker).update(identity=identity, origin="", waiting=1, state=None, endpoints=set())
     await Endpoints._lines_wanted(endpoints, worker, "echo", (1, 2))
     assert doubted == ([(worker, endpoint)] if changed else [])
 
@@ -140,12 +140,12 @@ async def test_no_refusal_is_put_off_by_what_changes_again_and_again(held_up: in
     """A user can hold up his own probes, and change an endpoint of his own meanwhile: that one alone is doubted anew."""
     worker: Any = object.__new__(children.Worker)
     identity = launch.Identity(20_000, 20_000, ())
-    vars(worker).update(identity=identity, quota=None, doubted={}, endpoints=set(), state=None)
+    vars(worker).update(identity=identity, doubted={}, endpoints=set(), state=None)
     own: Endpoint[Any] = Endpoint((1, 1, "own"), [], 0, False)
     other: Endpoint[Any] = Endpoint((1, 2, "other"), [], 0, False)
     worker.doubted.update({own: None, other: None})
 
-    async def probe(_identity: object, _quota: object, path: str, *_: object) -> Proof:
+    async def probe(_identity: object, _origin: object, path: str, *_: object) -> Proof:
         await asyncio.sleep(0.01)
         if path == "other":
             return Proof(EACCES, [])
@@ -165,7 +165,7 @@ async def test_no_refusal_is_put_off_by_what_changes_again_and_again(held_up: in
 async def test_where_there_is_a_line_is_proved_first() -> None:
     """A user may hold up each of his probes for a second, also of hundreds of endpoints that nobody serves."""
     worker: Any = object.__new__(children.Worker)
-    vars(worker).update(identity=launch.Identity(20_000, 20_000, ()), quota=None, doubted={}, endpoints=set(), state=None)
+    vars(worker).update(identity=launch.Identity(20_000, 20_000, ()), doubted={}, endpoints=set(), state=None)
     endpoints_: list[Endpoint[Any]] = [Endpoint((1, number, str(number)), [], 0, False) for number in range(5)]
     endpoints_[3].given.add((1, worker))
     worker.doubted.update(dict.fromkeys(endpoints_))

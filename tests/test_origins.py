@@ -32,3 +32,9 @@ def test_a_limit_counts_each_name_once() -> None:
     assert of_host("192.0.2.7").groups == ("192.0.2.7", "192.0.2.0/24")
     assert of_host("::1").groups == (LOOPBACK,)
     assert of_uid(1000).groups == ("uid:1000",)
+
+
+def test_a_range_of_uids_is_a_prefix() -> None:
+    assert of_uid(99_999).prefix == "uid:99999"
+    assert of_uid(100_000).prefix == of_uid(165_535).prefix == "uids:0"
+    assert of_uid(165_536).prefix == "uids:1"

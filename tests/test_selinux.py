@@ -444,8 +444,8 @@ def test_nothing_is_started_without_a_context_of_its_own() -> None:
 
 async def test_nothing_is_probed_for_somebody_of_unknown_context() -> None:
     endpoints: Any = SimpleNamespace(_monitor=SimpleNamespace(own=launch.Identity(0, 0, (), DAEMON)))
-    identity, quota = launch.Identity(20_000, 20_000, ()), SimpleNamespace()
-    assert (await Endpoints._probe(endpoints, identity, quota, "echo", os.O_RDONLY)).errno == EACCES  # type: ignore[arg-type]
+    identity = launch.Identity(20_000, 20_000, ())
+    assert (await Endpoints._probe(endpoints, identity, "user:echo", "echo", os.O_RDONLY)).errno == EACCES
 
 
 def test_an_executable_program_is_executed_itself(tmp_path: Path) -> None:

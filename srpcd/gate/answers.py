@@ -13,33 +13,12 @@ WALKS = (WALK, ATTACH)
 OPERATIONS = {ATTACH: "walk", WALK: "walk", STAT: "stat", APPEND: "call", CALL: "call"}
 """What the monitor logs, by type of request."""
 
-REFUSALS = 10
-"""Refused requests of one connection that are told to the monitor in one second, for its log."""
-
 KINDS: dict[int, Kind] = {
     ipc.DIRECTORY: "directory",
     ipc.SERVICE: "service",
     ipc.PROGRAM: "program",
     ipc.RESIDENT: "resident",
 }
-
-
-class Refusals:
-    """How many refusals of one connection the log gets."""
-
-    __slots__ = ("_count", "_since")
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._since = 0.0
-
-    def told(self, now: float) -> bool:
-        """Whether this one is told. now: the loop's clock."""
-        if now - self._since > 1:
-            self._since = now
-            self._count = 0
-        self._count += 1
-        return self._count <= REFUSALS
 
 
 def give(session: Session, forward: Forward, kind: int, body: bytes) -> int:

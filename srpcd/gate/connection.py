@@ -15,7 +15,7 @@ from errno import EACCES, ECANCELED, ECONNRESET, EPERM, ETIMEDOUT
 from typing import TYPE_CHECKING, Any
 
 from srpcd import ipc
-from srpcd.gate.answers import CALLS, OPERATIONS, Refusals, give
+from srpcd.gate.answers import CALLS, OPERATIONS, give
 from srpcd.gate.backlog import Backlog
 from srpcd.gate.budget import LOCAL_PEER, Holding
 from srpcd.gate.conversation import Conversations
@@ -80,7 +80,6 @@ class Connection:
         self._conversations: Conversations = Conversations(gate.loop, self._prompted)
         self._since = self._loop.time()
         self._deadlines = Deadlines(gate.limits, self._since, records=transport.records)
-        self._refusals = Refusals()
 
     def start(self) -> None:
         """Begin, once the gate knows it."""
@@ -396,9 +395,12 @@ class Connection:
             self.session.called(forward, body)
             return
         refusal = give(self.session, forward, kind, body)
-        if refusal in (EACCES, EPERM) and self._refusals.told(self._loop.time()):
-            path = forward.place.path.decode()
-            self._tell(ipc.Refusal(self.number, forward.session, OPERATIONS[forward.kind], path, refusal))
+        link = forward.carrier
+        if refusal in (EACCES, EPERM) and link is not None:
+            unreported = link.refusals.report(self._loop.time())
+            if unreported is not None:
+                path, operation = forward.place.path.decode(), OPERATIONS[forward.kind]
+                self._tell(ipc.Refusal(self.number, forward.session, operation, path, refusal, unreported))
 
     # --- effects -------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,9 @@ CALL_PREFIX = Struct(HEADER.format + ipc.CALL_HEAD.format[1:])
 
 _CALLS = (CALL, APPEND)
 
+REFUSALS = 10
+"""Refused requests of one user that are told to the monitor in one second, for its log. The rest is told as a number."""
+
 LAST_READS = 64
 """Reads of what a worker that is gone has still left in the socket."""
 
@@ -36,11 +39,34 @@ class LinkBroken(Exception):
     """The worker sent what no worker sends."""
 
 
+class Refusals:
+    """How many refusals of one user the monitor gets a message of."""
+
+    __slots__ = ("_count", "_since", "_unreported")
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._since = 0.0
+        self._unreported = 0
+
+    def report(self, now: float) -> int | None:
+        """Whether this one gets a message: how many before it got none, else None. now: the loop's clock."""
+        if now - self._since > 1:
+            self._since = now
+            self._count = 0
+        self._count += 1
+        if self._count > REFUSALS:
+            self._unreported += 1
+            return None
+        unreported, self._unreported = self._unreported, 0
+        return unreported
+
+
 class Link:
     """A socket to a worker, with the number that the monitor gave it.
 
     dead: it is gone. congested: too much waits for the worker, so those who feed it are not read for.
-    users: connections that were opened on it.
+    users: connections that were opened on it. refusals: of the worker's user, on all of them.
     """
 
     def __init__(self, gate: "Gate", number: int, fd: int) -> None:
@@ -48,6 +74,7 @@ class Link:
         self.dead = False
         self.congested = False
         self.users: set[Connection] = set()
+        self.refusals = Refusals()
         self._gate = gate
         self._loop = gate.loop
         self._fd = fd

@@ -28,23 +28,6 @@ _UNREAD_MAX, _UNREAD_SECONDS = 1024, 10.0
 answers without end), and one that has waited for so many seconds ends it, however much it reads meanwhile."""
 _STUCK_SECONDS = 5.0
 """Seconds after SIGKILL until others take the place of a process. One that hangs in the kernel never ends."""
-_LINES_PER_SECOND = 20
-"""What may be written into the log on behalf of one child or connection."""
-
-
-class Quota:
-    """So many lines of log a second."""
-
-    def __init__(self) -> None:
-        self._second = self._lines = 0
-
-    def take(self) -> bool:
-        """Whether another line still fits into this second."""
-        now = int(time.monotonic())
-        if now != self._second:
-            self._second, self._lines = now, 0
-        self._lines += 1
-        return self._lines <= _LINES_PER_SECOND
 
 
 class Child:
@@ -52,14 +35,18 @@ class Child:
 
     role: as in the launch table. name: who or what it serves, for the log. local: whether it is the local socket's gate.
     swept: whoever waits for its end looks for what it left behind, and takes it off the process table afterwards.
+    lasting: it is started by the daemon itself, so its start and end are always in the log. Other children are started and
+    ended by what a peer does: their lines count for `log_origin`, the peer or user that they serve.
     gone: its end, with the exit status, None where a tracer holds that back, or where it was killed and hangs in the kernel.
     """
 
-    role = ""
+    role = log_origin = ""
     level = "info"
-    local = swept = False
+    local = swept = lasting = False
 
-    def __init__(self, spawned: Spawned, name: str, log: Log, handle: Callable[["Child", ipc.Message], None]) -> None:
+    def __init__(
+        self, spawned: Spawned, name: str, log: Log, handle: Callable[["Child", ipc.Message], None], log_origin: str = ""
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.pid = spawned.pid
         self.name = name
@@ -67,7 +54,7 @@ class Child:
         self.proved: asyncio.Future[bool] = loop.create_future()
         self.gone: asyncio.Future[int | None] = loop.create_future()
         self.started = time.monotonic()
-        self.quota = Quota()
+        self.log_origin = log_origin or f"{self.role}:{name}"
         self._spawned = spawned
         self._refuses = passing.refuse_descriptors(spawned.socket)
         self._killed = False
@@ -77,7 +64,14 @@ class Child:
         loop.add_reader(spawned.socket, self._requests_ready)
         loop.add_reader(spawned.errors, self._errors_ready)
         loop.add_reader(spawned.pidfd, self._ended)
-        log.event(self.level, "process-start", role=self.role, name=name, pid=self.pid)
+        self._note("process-start")
+
+    def _note(self, event: str, **fields: int | None) -> None:
+        """Log the start or the end."""
+        if self.lasting:
+            self._log.event(self.level, event, role=self.role, name=self.name, pid=self.pid, **fields)
+        else:
+            self._log.peer_event(self.log_origin, self.level, event, role=self.role, name=self.name, pid=self.pid, **fields)
 
     def send(self, message: ipc.Message, fds: tuple[int, ...] = ()) -> None:
         """Send without blocking, and close the descriptors here. A child that does not read for long is killed."""
@@ -170,15 +164,17 @@ class Child:
         if not data:
             asyncio.get_running_loop().remove_reader(self._spawned.errors)
         for line in data.decode(errors="replace").splitlines():
-            if line.strip() and self.quota.take():
-                self._log.event("warning", "child-output", role=self.role, name=self.name, pid=self.pid, text=line)
+            if line.strip():
+                self._log.peer_event(
+                    self.log_origin, "warning", "child-output", role=self.role, name=self.name, pid=self.pid, text=line
+                )
 
     def _ended(self) -> None:
         self._requests_ready()  # what it said before it ended counts
         self._errors_ready()
         info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         status = None if info is None else info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-        self._log.event(self.level, "process-end", role=self.role, name=self.name, pid=self.pid, status=status)
+        self._note("process-end", status=status)
         self._over(status)
 
     def _over(self, status: int | None) -> None:
@@ -209,6 +205,7 @@ class Gate(Child):
     """
 
     role = "gate"
+    lasting = True
     number = 0
     silent = 0
     room: Callable[[], None]

@@ -10,13 +10,11 @@ import contextlib
 import select
 import socket
 import struct
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from srpcd import passing
-from srpcd.config import Limits
-from srpcd.monitor.children import Quota
+from srpcd.monitor.admission import Admission
 from srpcd.monitor.launch import Identity
 from srpcd.monitor.origins import Origin, of_host, of_uid, plain
 
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
 SO_PEERSEC, SO_PEERGROUPS = 31, 59
 _ACCEPTS = 32
 """Connections taken in one round, so that a flood of them leaves the monitor time for everything else."""
+NO_ROOM = "there are as many connections as there may be, of this user, from this address or in all: try again later"
+"""What is said to a connection that would be one authenticated connection too many."""
 
 
 class Peer(NamedTuple):
@@ -43,33 +43,33 @@ class Peer(NamedTuple):
 class Connection:
     """One connection. number: of its gate. duplicate: the monitor's own descriptor of the socket.
 
-    known: somebody has authenticated on it, or serves. pending: what is being decided for it.
+    known: a user has authenticated on it, or serves. pending: what is being decided for it.
     """
 
-    def __init__(self, gate: "Gate", number: int, peer: Peer, duplicate: socket.socket, counts: "Counts") -> None:
+    def __init__(
+        self, gate: "Gate", number: int, peer: Peer, duplicate: socket.socket, admission: "Admission[Connection]"
+    ) -> None:
         self.gate = gate
         self.number = number
         self.peer, self.host, self.origin, self.identity = peer
+        self.log_origin = self.origin.address  # whom lines about it in the log count for
         self.duplicate = duplicate
-        self.counts = counts
+        self.admission = admission
         self.known = False
         self.over = False
         self.authenticating: Afid | None = None
         self.failures = 0
         self.pending = 0
-        self.quota = Quota()
         self.afids: dict[int, Afid] = {}
         self.sessions: dict[int, Session] = {}
         self.announcements: dict[int, tuple[Endpoint[Worker], Announcement]] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.doubted: dict[Endpoint[Worker], None] = {}  # in this order, whether it may still serve these
-        counts.change(self, +1)
 
-    def becomes_known(self) -> None:
-        """It is no stranger's any more."""
-        self.counts.change(self, -1)
-        self.known = True
-        self.counts.change(self, +1)
+    def becomes_known(self, user: str) -> bool:
+        """Count it as a user's from now on. Returns False where that would be one connection too many."""
+        self.known = self.admission.authenticated(self, user)
+        return self.known
 
 
 class HangUps:
@@ -108,36 +108,6 @@ class HangUps:
         self._epoll.close()
 
 
-class Counts:
-    """How many connections a front has, in all and by origin; and how many of strangers."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.connections: Counter[str] = Counter()
-        self.strangers: Counter[str] = Counter()
-
-    def refusal(self, origin: Origin) -> str:
-        """Which limit one more connection from `origin` would break; empty if none."""
-        limits = self.limits
-        for name, found, limit in (
-            ("connections", self.connections.total(), limits.connections),
-            ("connections_per_address", self.connections[origin.address], limits.connections_per_address),
-            ("strangers", self.strangers.total(), limits.strangers),
-            ("strangers_per_address", self.strangers[origin.address], limits.strangers_per_address),
-        ):
-            if found >= limit:
-                return name
-        return ""
-
-    def change(self, connection: Connection, by: int) -> None:
-        """Count a connection, or count it no longer."""
-        for counter in (self.connections,) if connection.known else (self.connections, self.strangers):
-            address = connection.origin.address
-            counter[address] += by
-            if not counter[address]:
-                del counter[address]
-
-
 def accept(listener: socket.socket, room: int, labelled: bool) -> list[tuple[socket.socket, Peer]]:
     """Up to `room` new connections. labelled: SELinux is on. Raises OSError when out of descriptors."""
     accepted: list[tuple[socket.socket, Peer]] = []
@@ -152,7 +122,8 @@ def accept(listener: socket.socket, room: int, labelled: bool) -> list[tuple[soc
             raise
         try:
             local = sock.family == socket.AF_UNIX
-            accepted.append((sock, _local_peer(sock, labelled) if local else _network_peer(sock, address)))
+            peer = _local_peer(sock, labelled) if local else _network_peer(sock, address)
+            accepted.append((sock, peer))
         except OSError:  # gone again already, or more groups than can be asked for
             sock.close()
     return accepted

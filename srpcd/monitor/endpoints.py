@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from srpcd import ipc, selinux
 from srpcd.monitor import authentication
-from srpcd.monitor.children import Quota, Worker
-from srpcd.monitor.connections import Connection
+from srpcd.monitor.children import Worker
+from srpcd.monitor.connections import NO_ROOM, Connection
 from srpcd.monitor.credentials import LACKS_GROUPS, has_groups
 from srpcd.monitor.faults import Denied
 from srpcd.monitor.forked import Turns
@@ -38,18 +38,18 @@ class Endpoints:
         self._probes = Turns(wire.PROBES_MAX, wire.PROBES_MAX // 8)
 
     async def _probe(
-        self, identity: Identity, quota: Quota, path: str, access: int, inode: tuple[int, int] | None = None
+        self, identity: Identity, origin: str, path: str, access: int, inode: tuple[int, int] | None = None
     ) -> Proof:
-        """Let a probe try. quota: of whoever it is for, to write a refusal of the policy into the log."""
+        """Let a probe try. origin: whom a refusal of the policy counts for in the log."""
         if self._monitor.own.context and not identity.context:
             return Proof(EACCES, [])  # of whom SELinux knows nothing, nothing can be asked
         async with self._probes.turn(identity.uid):
             drop, tree = self._monitor.drop(identity), self._monitor.config.paths.tree
             proof = await probe(drop, tree, path, access, inode, identity.context)
-        if proof.reason and quota.take():
+        if proof.reason:
             operation = "serve" if access == os.O_RDONLY else "call"
-            self._log.event(
-                "info", "refused", operation=operation, uid=identity.uid, endpoint="/" + path, errno=proof.errno,
+            self._log.peer_event(
+                origin, "info", "refused", operation=operation, uid=identity.uid, endpoint="/" + path, errno=proof.errno,
                 reason=proof.reason,
             )  # fmt: skip
         return proof
@@ -74,7 +74,7 @@ class Endpoints:
             own, settings = self._monitor.own, self._monitor.config.authentication
             if self._monitor.personal and not has_groups(identity, own, settings):  # its probe would prove the daemon's
                 raise Denied(EACCES, LACKS_GROUPS)
-            refused, chain, _reason = await self._probe(identity, connection.quota, path, os.O_RDONLY)
+            refused, chain, _reason = await self._probe(identity, connection.log_origin, path, os.O_RDONLY)
             if connection.over:
                 ipc.close_all(chain)
                 return
@@ -93,6 +93,9 @@ class Endpoints:
 
         Returns a warning, or nothing. Raises Denied.
         """
+        if not connection.becomes_known(f"uid:{uid}"):
+            ipc.close_all(chain)
+            raise Denied(EAGAIN, NO_ROOM)
         endpoint, number = self._register.endpoint(path, chain, uid), next(self._monitor.numbers)
         if endpoint is None or len(endpoint.servers) >= wire.SERVERS_MAX:
             raise Denied(EAGAIN, "too many endpoints, or too many processes that serve this one")
@@ -104,7 +107,6 @@ class Endpoints:
         if endpoint.changed >= began:  # it has been looked at since then, and not for us
             server.doubt()
         connection.announcements[number] = endpoint, server
-        connection.becomes_known()
         mode, warning = endpoint.mode, ""
         if mode & 0o060 == 0o060 or mode & 0o006 == 0o006:
             warning = f"mode {mode & 0o777:o}: whoever may call this endpoint may also serve it; take read away from callers"
@@ -124,8 +126,8 @@ class Endpoints:
             self._line_over(line)
         endpoint.given = {each for each in endpoint.given if each[0] != number}
         self._register.release(endpoint)
-        if connection.quota.take():
-            self._log.event("info", "withdraw", conn=connection.number, peer=connection.peer, endpoint="/" + endpoint.path)
+        about = {"peer": connection.peer, "endpoint": "/" + endpoint.path}
+        self._log.peer_event(connection.log_origin, "info", "withdraw", conn=connection.number, **about)
 
     def _line_over(self, number: int) -> None:
         line = self._register.end_line(number)
@@ -136,14 +138,14 @@ class Endpoints:
     def _join(self, endpoint: Endpoint[Worker], server: Announcement, worker: Worker) -> None:
         """Make a line between a worker that may call and a server, and tell both."""
         if worker.lines >= self._monitor.config.limits.lines_per_worker:
-            if worker.quota.take():
-                self._log.event("warning", "limit", which="lines_per_worker", user=worker.user, endpoint="/" + endpoint.path)
+            about = {"which": "lines_per_worker", "user": worker.user, "endpoint": "/" + endpoint.path}
+            self._log.peer_event(worker.log_origin, "warning", "limit", **about)
             return
         try:
             number = self._register.make_line(endpoint, server, worker, (*worker.identity, worker.user))
         except OSError as fault:
-            if worker.quota.take():
-                self._log.event("error", "warning", text=f"no line: {fault}", endpoint="/" + endpoint.path)
+            about = {"text": f"no line: {fault}", "endpoint": "/" + endpoint.path}
+            self._log.peer_event(worker.log_origin, "error", "warning", **about)
             return
         worker.lines += 1
         worker.send(ipc.LineExpected(number, *endpoint.key[:2]))
@@ -167,7 +169,7 @@ class Endpoints:
     async def _lines_wanted(self, worker: Worker, path: str, inode: tuple[int, int]) -> None:
         began = time.monotonic()
         try:
-            errno, chain, _reason = await self._probe(worker.identity, worker.quota, path, os.O_WRONLY, inode)
+            errno, chain, _reason = await self._probe(worker.identity, worker.log_origin, path, os.O_WRONLY, inode)
         finally:
             worker.waiting -= 1
         if worker.state is State.DONE:
@@ -227,7 +229,7 @@ class Endpoints:
             endpoint = next((each for each in whose.doubted if each.had(whose)), next(iter(whose.doubted)))
             changed = endpoint.changed
             access = os.O_WRONLY if calls else os.O_RDONLY
-            errno, chain, _reason = await self._probe(identity, whose.quota, endpoint.path, access, endpoint.key[:2])
+            errno, chain, _reason = await self._probe(identity, whose.log_origin, endpoint.path, access, endpoint.key[:2])
             ipc.close_all(chain)
             if errno == EAGAIN:
                 await asyncio.sleep(1.0)  # there was no process for it

@@ -6,18 +6,22 @@ gate takes the new connections, and the old one serves those that it has until t
 
 import asyncio
 import os
+import resource
+import secrets
 import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from errno import EAGAIN
 from itertools import count
 from typing import NamedTuple
 
 from srpcd import ipc
-from srpcd.config import Config, encode
+from srpcd.config import Config, Limits, encode, within
 from srpcd.monitor import launch
+from srpcd.monitor.admission import Admission
 from srpcd.monitor.children import Gate
-from srpcd.monitor.connections import Connection, Counts, Peer, accept
+from srpcd.monitor.connections import Connection, Peer, accept
 from srpcd.monitor.launch import Identity
 from srpcd.monitor.monitor import START_SECONDS, Monitor
 from srpcd.monitor.requests import State
@@ -32,6 +36,9 @@ _START = 60.0
 """Seconds that a new gate may take until it serves: it loads OpenSSL, on a machine that may be busy with nothing else."""
 _FIRST_PAUSE, _LONGEST_PAUSE, _GOOD_LIFE = 0.1, 1.0, 10.0
 """Seconds between the death of a gate and the next try, doubled each time unless it lived for `_GOOD_LIFE`."""
+
+_LAST_WORDS = 1.0
+"""Seconds in which a client can take the reason why its connection is closed."""
 
 _numbers = count(1)
 
@@ -68,7 +75,7 @@ class Front:
         self.changed: Callable[[], None] = lambda: None
         self._monitor = monitor
         self._identity = identity
-        self._counts = Counts(monitor.config.limits)
+        self._admission: Admission[Connection] = Admission(self._limits(), self._make_room, secrets.choice)
         self._gates: dict[Gate, float] = {}  # all that run, by age; and until when old ones may serve (monotonic seconds)
         self._lost: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._closed = False
@@ -142,7 +149,7 @@ class Front:
         if terms is not self.terms:
             ipc.close_all(self.terms.files)
             self.terms = terms
-            self._counts.limits = terms.config.limits
+            self._admission.limits = self._limits()
 
     def _ended(self, gate: Gate) -> None:
         del self._gates[gate]
@@ -224,27 +231,56 @@ class Front:
         try:
             accepted = accept(listener, room, bool(self._monitor.own.context))
         except OSError as fault:
-            self._monitor.log.event("error", "limit", which=f"accept: {fault.strerror}")
-            asyncio.get_running_loop().remove_reader(listener)
-            asyncio.get_running_loop().call_later(1.0, self.accept_again)
+            self._pause(listener, fault)
             return
         for sock, peer in accepted:
             with sock:
-                self._welcome(gate, sock, peer)
+                try:
+                    self._welcome(gate, sock, sock.dup(), peer)
+                except OSError as fault:
+                    self._pause(listener, fault)
 
-    def _welcome(self, gate: Gate, sock: socket.socket, peer: Peer) -> None:
+    def _pause(self, listener: socket.socket, fault: OSError) -> None:
+        """Accept nothing for a moment: there is no descriptor for a connection."""
+        self._monitor.log.peer_event(f"gate:{self.kind}", "error", "limit", which=f"accept: {fault.strerror}")
+        asyncio.get_running_loop().remove_reader(listener)
+        asyncio.get_running_loop().call_later(1.0, self.accept_again)
+
+    def _welcome(self, gate: Gate, sock: socket.socket, duplicate: socket.socket, peer: Peer) -> None:
         monitor = self._monitor
-        limit = self._counts.refusal(peer.origin)
         if monitor.personal and peer.identity is not None and peer.identity.uid not in (0, monitor.own.uid):
-            limit = "this daemon serves the user who started it, and nobody else"
-        if limit:
-            if gate.quota.take():
-                monitor.log.event("warning", "limit", which=limit, peer=peer.name)
+            reason = "this daemon serves the user who started it, and nobody else"
+            monitor.log.peer_event(peer.origin.address, "warning", "limit", which=reason, outcome="refused", peer=peer.name)
+            duplicate.close()
             return
         gate.last += 1
-        connection = Connection(gate, gate.last, peer, sock.dup(), self._counts)
+        connection = Connection(gate, gate.last, peer, duplicate, self._admission)
         gate.connections[gate.last] = connection
         gate.untaken[gate.last] = time.monotonic()
         monitor.hang_ups.add(connection)
+        self._admission.arrive(connection)
         gate.send(ipc.Connection(connection.number, peer.name), (sock.detach(),))
-        monitor.log.event("debug", "connection", state="accepted", conn=gate.last, gate=gate.name, peer=peer.name)
+        monitor.log.peer_event(
+            peer.origin.address, "debug", "connection", state="accepted", conn=gate.last, gate=gate.name, peer=peer.name
+        )
+
+    def _make_room(self, connection: Connection, limit: str) -> None:
+        """Close a connection, so that there is room for another one. A user hears why; a peer without one may not listen."""
+        monitor = self._monitor
+        origin, peer = connection.log_origin, connection.peer
+        monitor.log.peer_event(origin, "warning", "limit", which=limit, outcome="closed", conn=connection.number, peer=peer)
+        if connection.known:
+            text = "closed to make room: this user has more connections than others, and there are as many as there may be"
+            connection.gate.send(ipc.Verdict(connection.number, 0, EAGAIN, text))
+            asyncio.get_running_loop().call_later(_LAST_WORDS, monitor.connection_over, connection)
+        else:
+            monitor.connection_over(connection)
+
+    def _limits(self) -> Limits:
+        """Those of the configuration, or less where the process may not have the descriptors for them."""
+        wanted, descriptors = self.terms.config.limits, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limits = within(wanted, descriptors)
+        if limits != wanted:
+            text = f"connections {limits.connections}, strangers {limits.strangers}: {descriptors} descriptors are allowed"
+            self._monitor.log.event("warning", "limit", which=text)
+        return limits

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from srpcd import ipc, selinux
 from srpcd.monitor import accounts, authentication
 from srpcd.monitor.authentication import Afid, PamChild
-from srpcd.monitor.connections import Connection
+from srpcd.monitor.connections import NO_ROOM, Connection
 from srpcd.monitor.credentials import LACKS_GROUPS, Credentials, has_groups, worker_identity
 from srpcd.monitor.faults import Denied
 from srpcd.monitor.forked import Turns
@@ -63,10 +63,12 @@ class Logins:
                     if not outcome.errno:
                         afid.proved = afid.proved or Credentials(user, outcome.uid, None)
                         reason = await self._refusal(connection, afid.proved)
-                if not reason:
+                if not reason and afid.proved is not None:
                     attempt.accepted = True
-                    errno, told = 0, ""
                     connection.failures -= 1
+                    if not connection.becomes_known(f"uid:{afid.proved.uid}"):
+                        raise Denied(EAGAIN, NO_ROOM)
+                    errno, told = 0, ""
             if errno and by_password:
                 step = self._monitor.config.authentication.refusal
                 await asyncio.sleep(authentication.deadline(answered / 1e9, step) - time.monotonic())
@@ -81,13 +83,13 @@ class Logins:
             if errno and connection.afids.get(message.afid) is afid:
                 del connection.afids[message.afid]
             if connection.failures >= wire.FAILURES_MAX:
-                self._monitor.log.event("warning", "limit", which="failed authentications", peer=connection.peer, user=user)
+                about = {"which": "failed authentications", "peer": connection.peer, "user": user}
+                self._monitor.log.peer_event(connection.log_origin, "warning", "limit", **about)
                 last = ipc.Verdict(connection.number, 0, EACCES, "too many failed logins on this connection")
                 asyncio.get_running_loop().call_soon(connection.gate.send, last)  # after the answer, which is sent below
                 asyncio.get_running_loop().call_later(1.0, self._monitor.connection_over, connection)
         if not errno:
             afid.expires = time.monotonic() + self._monitor.config.authentication.afid_age
-            connection.becomes_known()
         connection.gate.send(ipc.Verdict(connection.number, message.afid, errno, told))
 
     async def look_up(self, user: str, connection: Connection) -> accounts.Account | None:
@@ -138,7 +140,7 @@ class Logins:
                 self._pam[message.mechanism].turn(connection.origin),
             ):
                 drop = Drop(None, {}, not self._monitor.personal, context=self._pam_context)
-                child = self._monitor.start(PamChild, message.uname, drop)
+                child = self._monitor.start(PamChild, message.uname, drop, log_origin=connection.log_origin)
                 self._introduce(connection, message, child)
                 await asyncio.shield(child.gone)
                 return child.result or ipc.Outcome(EACCES, "the authentication child died", 0, 0)

@@ -91,15 +91,15 @@ class Monitor:
         if whose is not None:
             handler(whose, message)
 
-    def start(self, kind: type[Child], name: str, drop: Drop, *arguments: str) -> Any:
-        """Start a program of the launch table, as what the monitor calls `kind`. Raises OSError."""
+    def start(self, kind: type[Child], name: str, drop: Drop, *arguments: str, log_origin: str = "") -> Any:
+        """Start a program of the launch table, as what the monitor calls `kind`. log_origin: see Child. Raises OSError."""
         program = self.table[kind.role]
         if self.own.context and not drop.context:
             raise PermissionError(EPERM, "SELinux is on: nothing is started without a context of its own")
         if self.groups and not drop.group:
             drop = drop._replace(group=self.groups.leaves[kind.role])
         spawned = launch.spawn((*program.command, *arguments, *program.libraries), drop)
-        child = kind(spawned, name, self.log, self.handle)
+        child = kind(spawned, name, self.log, self.handle, log_origin)
         self.children.add(child)
         child.gone.add_done_callback(lambda _: self.children.discard(child))
         return child
@@ -132,6 +132,7 @@ class Monitor:
         """
         old, self.config = self.config, config
         self.log.configure(config.log.format, config.log.level)
+        self.log.rate.configure(config.log.lines_per_minute, config.log.bytes_per_second)
         if (old.limits, old.program_path) != (config.limits, config.program_path):
             self.workers.clear()
         if self.groups and (old.users, old.limits) != (config.users, config.limits):
@@ -170,7 +171,7 @@ class Monitor:
                 if isinstance(whose, Worker):
                     whose.kill(text)
                 else:
-                    self.log.event("error", "warning", text=text, peer=whose.peer)
+                    self.log.peer_event(whose.log_origin, "error", "warning", text=text, peer=whose.peer)
                     self.connection_over(whose)
 
         task.add_done_callback(done)
@@ -188,18 +189,18 @@ class Monitor:
             self.endpoints.end_announcement(connection, number)
         for number in list(connection.sessions):
             self._end_session(connection, number)
-        connection.counts.change(connection, -1)
+        connection.admission.leave(connection)
         self.hang_ups.remove(connection)
-        self.log.event("debug", "connection", state="over", conn=connection.number, peer=connection.peer)
+        origin, peer = connection.log_origin, connection.peer
+        self.log.peer_event(origin, "debug", "connection", state="over", conn=connection.number, peer=peer)
 
     def told(self, event: str, connection: Connection, errno: int, granted: str = "granted", **fields: Value) -> None:
-        """Write what became of a request into the log."""
-        if event == "authentication" or connection.quota.take():
-            level, outcome = ("warning", "refused") if errno and event == "authentication" else ("info", granted)
-            self.log.event(
-                level, event, outcome="refused" if errno else outcome, conn=connection.number, peer=connection.peer,
-                **fields, errno=errno or None,
-            )  # fmt: skip
+        """Write what became of a request into the log. It counts for the user who is proved, else for the peer's origin."""
+        level = "warning" if errno and event == "authentication" else "info"
+        proved = "user" in fields and (event != "authentication" or not errno)
+        origin = f"user:{fields['user']}" if proved else connection.log_origin
+        facts = {"outcome": "refused" if errno else granted, "peer": connection.peer, **fields, "errno": errno or None}
+        self.log.peer_event(origin, level, event, conn=connection.number, **facts)
 
     def taken(self, gate: Gate, message: ipc.Taken) -> None:
         self.connection(gate, message.conn)
@@ -208,10 +209,11 @@ class Monitor:
 
     def refusal(self, connection: Connection, message: ipc.Refusal) -> None:
         session = connection.sessions.get(message.session)
-        if session and connection.quota.take():
-            self.log.event(
-                "info", "refused", operation=message.operation, conn=connection.number, peer=connection.peer,
-                user=session.credentials.user, endpoint="/" + message.path, errno=message.errno,
+        if session:
+            self.log.peer_event(
+                session.worker.log_origin, "info", "refused", message.unreported, operation=message.operation,
+                conn=connection.number, peer=connection.peer, user=session.credentials.user, endpoint="/" + message.path,
+                errno=message.errno,
             )  # fmt: skip
 
     def descriptors_sent(self, connection: Connection, _message: ipc.DescriptorsSent) -> None:
@@ -348,7 +350,7 @@ class Monitor:
                 group = self.groups.worker(account.identity.uid)
             drop = self.drop(account.identity, launch.WORKER_LIMITS, SIGTERM)  # at which it ends its programs, and itself
             drop = drop._replace(group=group, session=session)
-            worker: Worker = self.start(Worker, account.name, drop, account.name)
+            worker: Worker = self.start(Worker, account.name, drop, account.name, log_origin=f"user:{account.name}")
         except OSError as fault:
             if self.groups and group:
                 self.groups.end(group)

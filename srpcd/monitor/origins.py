@@ -15,6 +15,9 @@ IPV4_PREFIX, IPV6_ADDRESS, IPV6_PREFIX = 24, 64, 48
 A network gets a /64 for each link, so one host has 2^64 addresses. A site gets a /48 at most (RFC 6177). A /24 is the
 longest IPv4 prefix that is routed by itself."""
 
+SUBUID_MIN, SUBUID_COUNT = 100_000, 65_536
+"""Where useradd(8) begins to give out ranges of uids, and their size (SUB_UID_MIN, SUB_UID_COUNT in login.defs(5))."""
+
 LOOPBACK = "loopback"
 """The one name of 127.0.0.0/8 and ::1: a local process chooses its address there among 16 million."""
 
@@ -23,7 +26,7 @@ class Origin(NamedTuple):
     """Where a connection comes from.
 
     address: an IPv4 address, an IPv6 /64, "loopback", or "uid:N" for the local socket. prefix: the IPv4 /24 or the
-    IPv6 /48 around it; the same as `address` for the loopback address and for a uid, which have no neighbours.
+    IPv6 /48 around it, or the range of uids; the same as `address` where that has no neighbours.
     """
 
     address: str
@@ -53,8 +56,12 @@ def of_host(host: str) -> Origin:
 
 
 def of_uid(uid: int) -> Origin:
-    """The origin of a local user's processes."""
-    return Origin(f"uid:{uid}", f"uid:{uid}")
+    """The origin of a local user's processes.
+
+    A user can have a range of further uids for its user namespaces (subuid(5)): such a range is a prefix.
+    """
+    name = f"uid:{uid}"
+    return Origin(name, name if uid < SUBUID_MIN else f"uids:{(uid - SUBUID_MIN) // SUBUID_COUNT}")
 
 
 def plain(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

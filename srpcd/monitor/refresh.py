@@ -58,6 +58,5 @@ def _mismatch(monitor: "Monitor", account: accounts.Account | None, connection: 
 
 
 def _log(monitor: "Monitor", what: str, connection: Connection, user: str, reason: str) -> None:
-    if connection.quota.take():
-        peer = connection.peer
-        monitor.log.event("info", "revoked", what=what, conn=connection.number, peer=peer, user=user, reason=reason)
+    about = {"what": what, "peer": connection.peer, "user": user, "reason": reason}
+    monitor.log.peer_event(f"user:{user}", "info", "revoked", conn=connection.number, **about)

@@ -70,6 +70,7 @@ class Service:
         for front in self._fronts:
             front.release()
         await self._monitor.stop()
+        self._monitor.log.report_suppressed(last=True)
         for fault in await asyncio.gather(*keepers, return_exceptions=True):
             if isinstance(fault, BaseException) and not isinstance(fault, asyncio.CancelledError):
                 raise fault
@@ -96,6 +97,7 @@ class Service:
         while True:
             await asyncio.sleep(min(_LOOK, self._manager.watchdog / 2 or _LOOK))
             self._monitor.expire()
+            self._monitor.log.report_suppressed()
             for front in self._fronts:
                 front.look()
             if self._serving:

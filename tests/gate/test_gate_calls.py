@@ -68,7 +68,7 @@ def test_what_the_kernel_refuses_is_answered_and_told_to_the_monitor(world: Worl
     client.log_in()
     assert client.walk("none") == ENOENT
     assert client.walk("closed") == EACCES
-    assert world.heard(ipc.Refusal) == [ipc.Refusal(client.number, 100, "walk", "closed", EACCES)]
+    assert world.heard(ipc.Refusal) == [ipc.Refusal(client.number, 100, "walk", "closed", EACCES, 0)]
     for _ in range(100):
         assert client.walk("closed") == EACCES
     assert client.ask(PING) is not None

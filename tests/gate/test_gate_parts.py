@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from srpcd import ipc
 from srpcd.config import Config, Limits
-from srpcd.gate.answers import REFUSALS, Refusals, give
+from srpcd.gate.answers import give
 from srpcd.gate.backlog import Backlog
 from srpcd.gate.budget import Budget
 from srpcd.gate.conversation import prompt
 from srpcd.gate.gate import Gate
 from srpcd.gate.loop import Loop
-from srpcd.gate.routes import Link, LinkBroken
+from srpcd.gate.routes import REFUSALS, Link, LinkBroken, Refusals
 from srpcd.session.effects import Forward
 from srpcd.session.fids import Attachment, Fid
 from srpcd.session.session import Session
@@ -72,8 +72,8 @@ def test_what_is_written_again_after_a_block_begins_with_the_same_bytes() -> Non
 
 def test_refusals_are_told_at_a_bounded_rate() -> None:
     refusals = Refusals()
-    assert sum(refusals.told(100.0) for _ in range(1000)) == REFUSALS
-    assert refusals.told(101.5)
+    assert [refusals.report(100.0) for _ in range(1000)] == [0] * REFUSALS + [None] * (1000 - REFUSALS)
+    assert [refusals.report(101.5), refusals.report(101.5)] == [1000 - REFUSALS, 0]
 
 
 def test_prompts_of_odd_modules_become_prompts_of_the_protocol() -> None:

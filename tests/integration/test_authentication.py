@@ -660,17 +660,17 @@ def test_an_authentication_that_is_never_finished_ends_and_so_does_its_connectio
         assert time.monotonic() - began >= 1.8
 
 
-def test_strangers_are_counted_by_address(hurried: realm.Daemon) -> None:
-    source = next(_addresses)
-    with several([Raw.tls(hurried.tcp, source) for _ in range(4)]) as strangers:
-        with pytest.raises((Ended, OSError)):
-            Raw.tls(hurried.tcp, source)
-        hurried.wait_event("limit", which="strangers_per_address")
-        with Raw.tls(hurried.tcp, next(_addresses)) as elsewhere:
-            assert elsewhere.authenticate(1, "alice").data == "1"
-        assert strangers[0].authenticate(1, "alice").data == "1"  # a stranger no more
-        with Raw.tls(hurried.tcp, source) as fifth:
+def test_one_connection_too_many_of_a_host_closes_an_older_silent_one(hurried: realm.Daemon) -> None:
+    with several(
+        [Raw.tls(hurried.tcp, f"127.0.0.{each}") for each in range(3, 7)]
+    ) as strangers:  # all of these are one host
+        assert strangers[0].ask(AUTH, afid=1, uname="alice").kind == AUTH + 1
+        with Raw.tls(hurried.tcp, "127.0.0.7") as fifth:
+            closed = hurried.wait_event("limit", which="strangers_per_address", outcome="closed")
+            assert [each.over(0.05) for each in strangers].count(True) == 1
+            assert any(closed["peer"].startswith(f"127.0.0.{each}:") for each in (4, 5))
             assert fifth.authenticate(1, "bob").data == "1"
+        assert strangers[0].ask(APPEND, fid=1, data=realm.password("alice")).data == "1"
 
 
 # --- several users on one connection -----------------------------------------------------------------------------------

@@ -852,29 +852,6 @@ def test_a_connection_on_which_nothing_happens_ends_at_its_time(hurried: realm.D
         assert time.monotonic() - began >= 1.4 * TIMES
 
 
-def test_connections_are_counted_by_address(hurried: realm.Daemon) -> None:
-    source = next(_addresses)
-    with several([Raw.tls(hurried.tcp, source) for _ in range(4)]) as four:
-        four[0].login("alice")
-        four[1].login("bob")
-        with pytest.raises((Ended, OSError)):
-            Raw.tls(hurried.tcp, source)
-        hurried.wait_event("limit", which="connections_per_address")
-        with Raw.tls(hurried.tcp, next(_addresses)) as elsewhere:
-            elsewhere.login("alice")
-        four.pop().close()
-
-        def room() -> bool:
-            try:
-                four.append(Raw.tls(hurried.tcp, source))
-            except (Ended, OSError):
-                return False
-            return True
-
-        assert realm.until(room)
-        assert four[0].answer(four[0].post(PING)).kind == PING + 1
-
-
 def refused_handshake(daemon: realm.Daemon, **how: Any) -> bool:
     """Whether no connection comes about that anything could be said on."""
     try:

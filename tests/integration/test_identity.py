@@ -14,11 +14,11 @@ from errno import EACCES, EAGAIN, EKEYEXPIRED
 import pytest
 
 from tests import realm
-from tests.integration.raw import ANNOUNCE, APPEND, ATTACH, AUTH, SECONDS, Ended, Frame, Raw, addresses
+from tests.integration.raw import ANNOUNCE, APPEND, ATTACH, AUTH, SECONDS, Ended, Frame, Raw
 
 pytestmark = pytest.mark.needs_root
 
-_addresses = addresses(5)
+_addresses = realm.addresses()
 
 ID = "#!/bin/sh\nexec id -u\n"
 GROUPS = "#!/bin/sh\necho $(id -g): $(id -G | tr ' ' '\\n' | sort -n)\n"

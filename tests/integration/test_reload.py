@@ -117,7 +117,7 @@ def test_limits_hold_for_new_connections_and_sessions_and_old_ones_go_on(daemon:
         assert alice.call("/tools/cat", b"still") == b"still"
         assert bob.call(2, b"still").payload == b"still"
         with pytest.raises((OSError, SrpcError)):  # alice's connection counts, whichever gate it has
-            stage.dial(daemon, "bob")
+            stage.dial(daemon, "bob", timeout=2)
         with Raw.tls(daemon.tcp, next(realm.addresses())) as other:
             other.login("alice")
             assert len(stage.workers(daemon, "alice")) == 2, "with the new bounds, for the new session"
@@ -127,7 +127,7 @@ def test_limits_hold_for_new_connections_and_sessions_and_old_ones_go_on(daemon:
             assert alice.call("/tools/nap", b"") == b"awake\n", "the old session goes by the old bound"
     assert stage.eventually(lambda: gates(daemon, "tls") != [] and set(old["tls"]).isdisjoint(gates(daemon, "tls")), 10)
     assert stage.eventually(lambda: set(old["local"]).isdisjoint(gates(daemon, "local")), 10)
-    assert daemon.events("process-end", role="gate", status=0, pid=old["tls"][0])
+    assert daemon.wait_event("process-end", role="gate", status=0, pid=old["tls"][0])
     assert daemon.events("gate-restart") == []
     assert worker in stage.workers(daemon, "alice"), "it has its idle time, as any other"
 

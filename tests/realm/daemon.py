@@ -84,7 +84,7 @@ class Daemon:
                 "certificate": str(keys / "cert.pem"),
             },
             "listen": {"tcp": ["127.0.0.1:0"]},
-            "log": {"format": "json", "level": "debug"},
+            "log": {"format": "json", "level": "debug", "lines_per_minute": 1_000_000, "bytes_per_second": 1 << 30},
         }
         top = {name: value for name, value in config.items() if not isinstance(value, Mapping)}
         for name, table in config.items():
