@@ -129,12 +129,11 @@ class Log:
         """Write what was left out in minutes that are over. To be called about once a second. last: in all minutes."""
         now = time.monotonic()
         for origin, which, lines in self.rate.suppressed(now, last):
-            data = self._line("warning", "suppressed", {"origin": origin or None, "which": which or None, "lines": lines})
-            if not origin:
-                self.rate.charge(len(data), now)
-            elif not self.rate.pays(len(data), now, lines):
-                continue
-            self._put(data)
+            data = self._line("warning", "suppressed", {"origin": origin, "which": which, "lines": lines})
+            if self.rate.pays(len(data), now, lines):
+                self._put(data)
+        if lines := self.rate.unpaid(now, last):
+            self.event("warning", "suppressed", lines=lines)
 
     def _put(self, data: bytes) -> None:
         if self.dropped:

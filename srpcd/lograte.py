@@ -29,7 +29,7 @@ OVERHEAD_BYTES = 128
 
 
 class Suppressed(NamedTuple):
-    """Lines that were left out. origin, kind: whose, of what; both are empty for the bound of all origins together."""
+    """Lines that were left out. origin, kind: whose, of what."""
 
     origin: str
     kind: str
@@ -101,10 +101,14 @@ class LogRate:
         """What was left out in the minutes that are over; each is returned once. last: in all minutes."""
         self._expire(float("inf") if last else now)
         over, self._over = self._over, []
-        if self._unpaid and (last or now - self._unpaid_since >= WINDOW_SECONDS):
-            over.append(Suppressed("", "", self._unpaid))
-            self._unpaid = 0
         return over
+
+    def unpaid(self, now: float, last: bool = False) -> int:
+        """How many lines `pays` has refused, at most once in a minute; each is counted once. last: at once."""
+        if not last and now - self._unpaid_since < WINDOW_SECONDS:
+            return 0
+        unpaid, self._unpaid = self._unpaid, 0
+        return unpaid
 
     def _refill(self, now: float) -> None:
         self._saved = min(BURST_SECONDS * self._bytes, self._saved + (now - self._at) * self._bytes)

@@ -7,6 +7,7 @@ import pytest
 from srpcd import config
 
 PAIRS = [
+    ("[limits]\nconnections = 12000\nstrangers = 300", "limits.connections: over 12288 with limits.strangers"),
     (
         '[listen]\ntcp = ["1.2.3.4:99999"]',
         "listen.tcp: '1.2.3.4:99999': not of the form host:port, with a port from 0 to 65535",
@@ -147,3 +148,13 @@ def test_a_gate_gets_what_was_loaded() -> None:
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert config.tcp_address(text) == address
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "connections", "strangers"),
+    [(1 << 20, 1024, 256), (16_384, 1024, 256), (4096, 256, 256), (160, 10, 10), (8, 1, 1)],
+)
+def test_a_process_with_few_descriptors_has_few_connections(descriptors: int, connections: int, strangers: int) -> None:
+    limits = config.within(config.Limits(), descriptors)
+    assert (limits.connections, limits.strangers) == (connections, strangers)
+    assert limits.workers == config.Limits().workers

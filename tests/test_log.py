@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srpcd.log import LINE_MAX, VALUE_MAX, Log
+from srpcd.lograte import LogRate
 
 Pipe = tuple[int, int]
 
@@ -219,3 +220,45 @@ def test_it_opens_at_most_one_descriptor_and_gives_it_back(pipe: Pipe) -> None:
     log.close()
     assert len(os.listdir("/proc/self/fd")) == before
     os.fstat(pipe[1])
+
+
+def test_what_peers_cause_is_bounded_and_what_the_daemon_does_is_not(tmp_path: Path, make_log: MakeLog) -> None:
+    with open(tmp_path / "log", "wb") as file:
+        log = make_log(file.fileno(), rate=LogRate(2, 1 << 30))
+        for number in range(5):
+            log.event("info", "gate-restart")
+            log.peer_event("192.0.2.7", "warning", "authentication", outcome="refused", conn=number)
+            log.peer_event("192.0.2.7", "info", "authentication", outcome="accepted", conn=number)
+            log.peer_event("uid:1000", "info", "refused", 10, conn=number)
+            log.peer_event("uid:1000", "debug", "connection", conn=number)
+        log.report_suppressed()
+        assert b"suppressed" not in (tmp_path / "log").read_bytes()
+        log.report_suppressed(last=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines.count("gate-restart") == 5
+    assert [line for line in lines if "outcome" in line] == [
+        f"authentication{level} outcome={outcome} conn={number}"
+        for number in range(2)
+        for level, outcome in ((" level=warning", "refused"), ("", "accepted"))
+    ]
+    assert lines[-3:] == [
+        'suppressed level=warning origin=192.0.2.7 which="authentication refused" lines=3',
+        "suppressed level=warning origin=192.0.2.7 which=authentication lines=3",
+        "suppressed level=warning origin=uid:1000 which=refused lines=53",
+    ]
+
+
+def test_all_peers_together_are_bounded(tmp_path: Path, make_log: MakeLog) -> None:
+    with open(tmp_path / "log", "wb") as file:
+        log = make_log(file.fileno(), rate=LogRate(2, 1024))
+        for number in range(1000):
+            for _ in range(3):
+                log.peer_event(f"origin{number}", "info", "refused", text="x" * 200)
+        log.event("info", "stop")
+        log.report_suppressed(last=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    written = [line for line in lines if line.startswith("refused")]
+    assert sum(map(len, written)) < 12 * 1024
+    assert "stop" in lines
+    left = [int(line.rpartition("=")[2]) for line in lines if line.startswith("suppressed")]
+    assert len(written) + sum(left) == 3000

@@ -65,16 +65,16 @@ def test_all_together_are_bounded_by_bytes() -> None:
     written = sum(bounded.pays(100, 1000.0 + second) for second in range(1, 101) for _ in range(100))
     assert abs(written - 100 * 1000 / line) <= 1
     left = 1000 + 100 * 100 - int(BURST_SECONDS * 1000 / line) - written
-    assert bounded.suppressed(1000.0 + LATER) == [Suppressed("", "", left)]
-    assert bounded.suppressed(2000.0) == []
+    assert bounded.unpaid(1000.0 + LATER) == left
+    assert bounded.unpaid(2000.0) == 0
 
 
 def test_that_something_was_left_out_is_said_a_minute_later_or_at_the_end() -> None:
     bounded = rate(size=1)
     assert not bounded.pays(1000, 1000.0)
     assert not bounded.pays(1000, 1000.0, lines=7)
-    assert bounded.suppressed(1001.0) == []
-    assert bounded.suppressed(1001.0, last=True) == [Suppressed("", "", 8)]
+    assert bounded.unpaid(1001.0) == 0
+    assert bounded.unpaid(1001.0, last=True) == 8
 
 
 def test_what_is_written_in_any_case_leaves_less_for_others_and_no_debt() -> None:

@@ -130,7 +130,7 @@ async def test_what_changed_while_a_right_was_proved_is_looked_at_again(changed:
     endpoints._register = SimpleNamespace(endpoint=lambda *_: endpoint)
     identity = launch.Identity(20_000, 20_000, ())
     worker: Any = type("Worker", (), {"send": lambda *_: None})()  # hashable, which a SimpleNamespace is not
-    vars(worker).update(identity=identity, origin="", waiting=1, state=None, endpoints=set())
+    vars(worker).update(identity=identity, log_origin="", waiting=1, state=None, endpoints=set())
     await Endpoints._lines_wanted(endpoints, worker, "echo", (1, 2))
     assert doubted == ([(worker, endpoint)] if changed else [])
 

@@ -5,7 +5,9 @@
     monitor         children, connections, sessions and workers, and what is done about their requests
     logins          what is done about authentications
     endpoints       what is done about announcements and lines, and the watch on what was granted
-    connections     listening sockets, numbering, limits, hang-up
+    connections     listening sockets, numbering, hang-up
+    admission       which connections may stay when there is no room for all (no I/O)
+    origins         where a connection comes from, as limits count it (no I/O)
     authentication  who may try to authenticate, how often and how long; what became of it
     pamchild        the child in which PAM runs (a program of its own)
     children        a started program: its messages, its standard error, its end
