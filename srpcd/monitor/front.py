@@ -247,9 +247,12 @@ class Front:
         asyncio.get_running_loop().call_later(1.0, self.accept_again)
 
     def _welcome(self, gate: Gate, sock: socket.socket, duplicate: socket.socket, peer: Peer) -> None:
-        monitor = self._monitor
+        monitor, reason = self._monitor, ""
         if monitor.personal and peer.identity is not None and peer.identity.uid not in (0, monitor.own.uid):
             reason = "this daemon serves the user who started it, and nobody else"
+        elif monitor.is_banned(peer.origin):
+            reason = "descriptors sent along, a moment ago"
+        if reason:
             monitor.log.peer_event(peer.origin.address, "warning", "limit", which=reason, outcome="refused", peer=peer.name)
             duplicate.close()
             return

@@ -30,6 +30,7 @@ from srpcd.monitor.faults import Denied, StartFault
 from srpcd.monitor.forked import collect, in_child, sweep_sessions
 from srpcd.monitor.launch import Drop, Identity
 from srpcd.monitor.logins import Logins
+from srpcd.monitor.origins import Origin
 from srpcd.monitor.requests import State, Violation, permitted, plain_path
 from srpcd.wire import limits as wire
 
@@ -69,7 +70,7 @@ class Monitor:
         self.workers: dict[tuple[Identity, str], Worker] = {}  # by name too: accounts may share a uid
         self.children: set[Child] = set()
         self.hang_ups = HangUps(self.connection_over)
-        self.banned: dict[str, float] = {}  # origins, and until when (monotonic seconds)
+        self.banned: dict[Origin, float] = {}  # origins, and until when (monotonic seconds)
         self.numbers = count(1)
         self._dead: set[int] = set()  # sessions of workers that have ended, to be swept
         self._sweep: asyncio.Task[None] | None = None
@@ -199,8 +200,9 @@ class Monitor:
         level = "warning" if errno and event == "authentication" else "info"
         proved = "user" in fields and (event != "authentication" or not errno)
         origin = f"user:{fields['user']}" if proved else connection.log_origin
-        facts = {"outcome": "refused" if errno else granted, "peer": connection.peer, **fields, "errno": errno or None}
-        self.log.peer_event(origin, level, event, conn=connection.number, **facts)
+        outcome = "refused" if errno else granted
+        about: dict[str, Value] = {"conn": connection.number, "peer": connection.peer, **fields, "errno": errno or None}
+        self.log.peer_event(origin, level, event, outcome=outcome, **about)
 
     def taken(self, gate: Gate, message: ipc.Taken) -> None:
         self.connection(gate, message.conn)
@@ -218,12 +220,12 @@ class Monitor:
 
     def descriptors_sent(self, connection: Connection, _message: ipc.DescriptorsSent) -> None:
         """The user of a local connection holds up the gate: end all that it has there, and accept no more for a while."""
-        self.log.event("warning", "limit", which="descriptors sent along", peer=connection.peer)
+        self.log.peer_event(connection.log_origin, "warning", "limit", which="descriptors sent along", peer=connection.peer)
         self.banned[connection.origin] = time.monotonic() + _BAN_SECONDS
         for each in [each for each in self.connections() if each.origin == connection.origin]:
             self.connection_over(each)
 
-    def is_banned(self, origin: str) -> bool:
+    def is_banned(self, origin: Origin) -> bool:
         """Whether connections of this origin are refused at the moment."""
         if self.banned.get(origin, 0.0) < time.monotonic():
             self.banned.pop(origin, None)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import realm
-from tests.integration.raw import CALL, WALK, Raw, addresses, call_body, frame, memory, several
+from tests.integration.raw import CALL, WALK, Raw, call_body, frame, memory, several
 
 pytestmark = pytest.mark.needs_root
 
@@ -27,7 +27,7 @@ BUDGET = 256 * MIB
 MARGIN = 128 * MIB
 """Bytes that a gate may have beside its budget: a hundred connections, and what malloc gives back within a second."""
 
-_addresses = addresses(31)
+_addresses = realm.addresses()
 
 SERVICE = """
 import asyncio, sys
