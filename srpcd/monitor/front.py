@@ -16,7 +16,7 @@ from errno import EAGAIN
 from itertools import count
 from typing import NamedTuple
 
-from srpcd import ipc
+from srpcd import ipc, passing
 from srpcd.config import Config, Limits, encode, within
 from srpcd.monitor import launch
 from srpcd.monitor.admission import Admission
@@ -254,7 +254,7 @@ class Front:
             reason = "descriptors sent along, a moment ago"
         if reason:
             monitor.log.peer_event(peer.origin.address, "warning", "limit", which=reason, outcome="refused", peer=peer.name)
-            duplicate.close()
+            passing.close(duplicate.detach(), sock.detach())  # unread: whatever was sent along is released here
             return
         gate.last += 1
         connection = Connection(gate, gate.last, peer, duplicate, self._admission)
