@@ -38,6 +38,10 @@ _PIPES_KEPT = 2
 _SMALL = 64 * KIB
 """Bytes that a pipe holds unless it is asked to hold more."""
 
+_READS_MAX = 64
+"""Reads of one parcel in one pass of the loop. A handler that writes single bytes as fast as the worker reads them could
+otherwise keep the worker there for 16 MiB, and the user's other calls would wait. The next pass reads on."""
+
 _QUIET = 1.0
 """Seconds without a large frame after which a pipe is made small again."""
 
@@ -99,12 +103,14 @@ class Parcel:
         return not self.begun and isinstance(first, bytes) and first.startswith(head)
 
     def take(self, fd: "int | Socket", receive: "Receive" = os.read) -> bool:
-        """Collect what has come on `fd`, a pipe or a socket. Returns False at its end of file. Raises OSError.
+        """Collect what has come on `fd`, a pipe or a socket, in _READS_MAX reads at most. Raises OSError.
 
-        receive: how to read it, where it is collected in memory.
+        receive: how to read it, where it is collected in memory. Returns False at its end of file.
         """
         try:
-            while self.missing:
+            for _ in range(_READS_MAX):
+                if not self.missing:
+                    break
                 taken = self._take(fd, receive)
                 if not taken:
                     return False

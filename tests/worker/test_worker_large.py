@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from srpcd import ipc
 from srpcd.wire import frames
 from srpcd.wire.limits import LARGE, MIB, PAYLOAD_MAX
+from srpcd.worker.parcel import Depot
 from tests.worker.conftest import call_body
 
 if TYPE_CHECKING:
+    from srpcd.worker.loop import Loop
     from tests.worker.conftest import Bench, Frames, Gate, Handler
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to look at the worker's descriptors and memory")
@@ -413,3 +416,13 @@ def test_a_gate_reads_no_pages_that_a_handler_has_spliced(bench: "Bench", gate: 
         assert gate.reply(tag) == bytes(4) + payload
     os.close(out)
     os.close(into)
+
+
+def test_a_handler_that_writes_byte_by_byte_does_not_keep_the_worker_in_one_read_loop() -> None:
+    """It writes as fast as it is read, so its reader never finds the socket empty."""
+    loop = cast("Loop", SimpleNamespace(duties=[]))
+    parcel = Depot(loop).parcel(b"", PAYLOAD_MAX, copied=True)
+    assert parcel.take(-1, lambda _fd, _size: b"x")
+    assert 0 < parcel.size < LARGE
+    assert parcel.size + parcel.missing == PAYLOAD_MAX
+    assert not parcel.take(-1, lambda _fd, _size: b"")
