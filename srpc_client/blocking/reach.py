@@ -13,6 +13,9 @@ from srpc_client.address import LONGEST_WAIT, Address, Local, Remote
 from srpc_client.errors import SrpcError, Unreachable
 from srpc_client.link import LocalLink, TlsLink
 
+_BACKLOG_RETRY_SECONDS = 0.02
+"""Pause between two tries to connect to a Unix socket whose backlog is full. Other local users can fill it."""
+
 
 def _late(where: Address) -> Unreachable:
     return Unreachable(ETIMEDOUT, f"{where} did not answer in time")
@@ -28,9 +31,13 @@ def _left(deadline: float, where: Address) -> float:
 def local(where: Local, deadline: float) -> LocalLink:
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connected.settimeout(_left(deadline, where))
-        connected.connect(where.path)
         connected.setblocking(False)
+        while True:
+            try:
+                connected.connect(where.path)
+                break
+            except BlockingIOError:  # the server's backlog is full, and nothing tells when it no longer is
+                time.sleep(min(_BACKLOG_RETRY_SECONDS, _left(deadline, where)))
         return LocalLink(connected)
     except SrpcError:
         connected.close()

@@ -7,6 +7,7 @@ import getpass
 import os
 import pickle
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -35,6 +36,8 @@ from srpcd.wire.errors import WireError
 from srpcd.wire.messages import Prompt
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.client.conftest import FakeDaemon, MakeRemote
 
 
@@ -919,3 +922,22 @@ def test_one_call_is_one_write_and_one_read(make_remote: MakeRemote) -> None:
         for _ in range(50):
             connection.call("/echo", b"x")
         assert counts == {"send": 50, "receive": 50}
+
+
+def test_a_full_backlog_of_the_local_socket_is_waited_for(tmp_path: Path) -> None:
+    """Any local user can fill it. A connect that does not block is refused then (EAGAIN)."""
+    path = str(tmp_path / "full")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        with pytest.raises(srpc_client.Unreachable) as caught:
+            blocking.connect(f"unix:{path}", timeout=0.1)
+        assert caught.value.errno == ETIMEDOUT
+        made: list[blocking.Connection] = []
+        connecting = threading.Thread(target=lambda: made.append(blocking.connect(f"unix:{path}", timeout=60)))
+        connecting.start()
+        while connecting.is_alive():
+            listener.accept()[0].close()
+            connecting.join(1)
+        made[0].close()
