@@ -38,6 +38,7 @@ from srpc_client import CallTimeout, blocking
 from tests import realm
 from tests.integration.raw import ATTACH, AUTH, CALL, PING, WALK, Raw, call_body, frame, memory
 from tests.realm import accounts
+from tests.syntax import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -235,7 +236,7 @@ def test_no_assert_decides_anything_in_the_daemon() -> None:
     found = [
         f"{file.relative_to(ROOT)}: {ast.unparse(node)}"
         for file in sources("srpcd")
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in ast.walk(parse(file.read_text()))
         if isinstance(node, ast.Assert)
     ]
     assert set(found) <= {"srpcd/session/authentication.py: assert seq is not None"}
@@ -273,7 +274,7 @@ def test_nobody_waits_by_spinning() -> None:
     spinning = [
         f"{file.relative_to(ROOT)}:{node.lineno}"
         for file in sources("srpcd", "srpc_client")
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in ast.walk(parse(file.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node) in ("asyncio.sleep(0)", "time.sleep(0)", "sleep(0)")
     ]
     assert spinning == []
@@ -329,7 +330,7 @@ def test_no_part_of_the_client_but_its_command_line_prints() -> None:
         f"{file.relative_to(ROOT)}:{node.lineno}"
         for file in sources("srpc_client")
         if "cli" not in file.relative_to(ROOT).parts and file.name != "__main__.py"
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in ast.walk(parse(file.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
     ]
     assert found == []

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.syntax import parse
+
 ROOT = Path(__file__).resolve().parents[1]
 
 MONITOR_LINES = 2652
@@ -234,7 +236,7 @@ def _named(base: str, name: str) -> str:
 def faults(file: str, source: str) -> list[str]:
     """What is wrong with a file's imports."""
     row, found = row_of(file), []
-    for module, line, typing in imports(file, ast.parse(source)):
+    for module, line, typing in imports(file, parse(source)):
         top = module.partition(".")[0]
         reason = ""
         if top in ("srpcd", "srpc_client"):
@@ -340,7 +342,7 @@ def test_the_package_itself_is_empty() -> None:
 def test_no_assert_decides_about_what_a_peer_sent(file: str) -> None:
     # It vanishes with -O, and its exception is nobody's. What narrows a type for mypy may stay.
     narrowing = (ast.Name, ast.Attribute)
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+    for node in ast.walk(parse((ROOT / file).read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Assert):
             continue
         test = node.test
@@ -357,7 +359,7 @@ def code_lines(source: str) -> int:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in skipped:
             lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom) or (
             isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         ):
