@@ -511,7 +511,19 @@ class AuthSetup(Message):
     rhost: str
 
 
+class Proceed(Message):
+    """The answer to `Answered`: PAM may work."""
+
+
 # authentication child ► monitor
+
+
+class Waiting(Message):
+    """PAM asks the client something: the child does nothing until there is an answer."""
+
+
+class Answered(Message):
+    """The client has answered. The child goes on when it gets `Proceed`."""
 
 
 class Outcome(Message):

@@ -20,10 +20,11 @@ from srpcd.monitor import accounts, children, launch
 from srpcd.monitor import monitor as module
 from srpcd.monitor.credentials import Credentials
 from srpcd.monitor.endpoints import Endpoints
-from srpcd.monitor.forked import Turns
+from srpcd.monitor.limiter import FairLimiter
 from srpcd.monitor.lines import Endpoint
 from srpcd.monitor.logins import Logins
 from srpcd.monitor.monitor import Monitor
+from srpcd.monitor.origins import of_uid
 from srpcd.monitor.probe import Proof
 from srpcd.monitor.requests import State
 
@@ -107,9 +108,9 @@ async def test_accounts_are_looked_up_a_bounded_number_at_once(monkeypatch: pyte
         running[user] -= 1
 
     monkeypatch.setattr(accounts, "look_up", look_up)
-    logins: Any = SimpleNamespace(_monitor=SimpleNamespace(own=launch.Identity(0, 0, ())), _look_ups=Turns(4, 2))
-    origins: list[Any] = [SimpleNamespace(origin="uid:1"), SimpleNamespace(origin="uid:2")]
-    await asyncio.gather(*(Logins.look_up(logins, each.origin, each) for each in origins for _ in range(20)))
+    logins: Any = SimpleNamespace(_monitor=SimpleNamespace(own=launch.Identity(0, 0, ())), _look_ups=FairLimiter(4, 2))
+    origins: list[Any] = [SimpleNamespace(origin=of_uid(1)), SimpleNamespace(origin=of_uid(2))]
+    await asyncio.gather(*(Logins.look_up(logins, each.origin.address, each) for each in origins for _ in range(20)))
     assert most == {"uid:1": 2, "uid:2": 2}
 
 

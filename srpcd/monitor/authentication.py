@@ -15,11 +15,13 @@ from srpcd import ipc
 from srpcd.config import Authentication as Settings
 from srpcd.monitor.accounts import Account
 from srpcd.monitor.children import Child
+from srpcd.monitor.conversations import Conversation
 from srpcd.monitor.credentials import Credentials
-from srpcd.monitor.forked import Turns
+from srpcd.monitor.limiter import FairLimiter, Groups
+from srpcd.wire.limits import SUSPECT_SECONDS
 
 FREE_FAILURES, LONGEST_WAIT, REMEMBERED = 3, 30.0, 4096
-"""Failures of a (user, origin) without a wait before the next try; seconds of the longest wait; pairs kept."""
+"""Failures of a (user, address) without a wait before the next try; seconds of the longest wait; pairs and groups kept."""
 OVERFLOW_UID = 65534
 
 
@@ -48,6 +50,7 @@ class PamChild(Child):
     role = "authenticate"
     level = "debug"
     result: ipc.Outcome | None = None
+    conversation: Conversation
 
 
 class Attempt:
@@ -57,19 +60,24 @@ class Attempt:
 
 
 class Failures:
-    """Counts failures of (user, origin) and makes the next try wait: twice as long each time, up to a bound.
+    """Counts failures of (user, address) and makes the next try wait: twice as long each time, up to a bound.
 
     At most FREE_FAILURES tries of one pair run at once, so that those in parallel do not come before the first has failed.
+    An address with a failure is suspect for a while, and so is its prefix.
     """
 
     def __init__(self) -> None:
-        self._pairs: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()
-        self._turns = Turns(1_000_000, FREE_FAILURES)
+        self._pairs: OrderedDict[Groups, tuple[int, float]] = OrderedDict()
+        self._groups: OrderedDict[str, float] = OrderedDict()
+        self._turns = FairLimiter(1_000_000, FREE_FAILURES)
 
     @asynccontextmanager
-    async def attempt(self, pair: tuple[str, str]) -> AsyncIterator[Attempt]:
-        """Wait as long as it takes, then try. However the try ends, an abandoned one too, it is counted."""
-        attempt = Attempt()
+    async def attempt(self, user: str, groups: Groups) -> AsyncIterator[Attempt]:
+        """Wait as long as it takes, then try. However the try ends, an abandoned one too, it is counted.
+
+        groups: of the origin.
+        """
+        attempt, pair = Attempt(), (f"{groups[0]} {user}",)
         async with self._turns.turn(pair):
             failures, last = self._pairs.get(pair, (0, 0.0))
             pause = min(2.0 ** min(failures - FREE_FAILURES, 10), LONGEST_WAIT) if failures >= FREE_FAILURES else 0.0
@@ -80,10 +88,24 @@ class Failures:
                 if attempt.accepted:
                     self._pairs.pop(pair, None)
                 elif attempt.begun:
-                    failures, _last = self._pairs.pop(pair, (0, 0.0))
-                    self._pairs[pair] = (failures + 1, time.monotonic())
-                    if len(self._pairs) > REMEMBERED:
-                        self._pairs.popitem(last=False)
+                    self._failed(pair, groups)
+
+    def suspicion(self, groups: Groups) -> int:
+        """How suspect an origin is: 2 where its address has failed lately, 1 where its prefix has, else 0."""
+        lately = time.monotonic() - SUSPECT_SECONDS
+        failed = [self._groups.get(group, 0.0) > lately for group in groups]
+        return 2 if failed[0] else int(any(failed))
+
+    def _failed(self, pair: Groups, groups: Groups) -> None:
+        now = time.monotonic()
+        failures, _last = self._pairs.pop(pair, (0, 0.0))
+        self._pairs[pair] = failures + 1, now
+        for group in groups:
+            self._groups[group] = now
+            self._groups.move_to_end(group)
+        for each in (self._pairs, self._groups):
+            while len(each) > REMEMBERED:
+                each.popitem(last=False)
 
 
 def policy(account: Account | None, settings: Settings, own: frozenset[int], network: bool) -> str:

@@ -15,9 +15,10 @@ from srpcd.monitor.children import Worker
 from srpcd.monitor.connections import NO_ROOM, Connection
 from srpcd.monitor.credentials import LACKS_GROUPS, has_groups
 from srpcd.monitor.faults import Denied
-from srpcd.monitor.forked import Turns
 from srpcd.monitor.launch import Identity
+from srpcd.monitor.limiter import FairLimiter
 from srpcd.monitor.lines import Announcement, Endpoint, Line, Register
+from srpcd.monitor.origins import of_uid
 from srpcd.monitor.probe import Proof, probe
 from srpcd.monitor.requests import State, Violation, plain_path
 from srpcd.wire import limits as wire
@@ -35,7 +36,7 @@ class Endpoints:
         runtime, own = monitor.config.paths.runtime, monitor.own
         lines = os.path.join(runtime, "lines")
         self._register: Register[Worker] = Register(lines, own.uid, bool(own.context), self._connected)
-        self._probes = Turns(wire.PROBES_MAX, wire.PROBES_MAX // 8)
+        self._probes = FairLimiter(wire.PROBES_MAX, wire.PROBES_MAX // 8)
 
     async def _probe(
         self, identity: Identity, origin: str, path: str, access: int, inode: tuple[int, int] | None = None
@@ -43,7 +44,7 @@ class Endpoints:
         """Let a probe try. origin: whom a refusal of the policy counts for in the log."""
         if self._monitor.own.context and not identity.context:
             return Proof(EACCES, [])  # of whom SELinux knows nothing, nothing can be asked
-        async with self._probes.turn(identity.uid):
+        async with self._probes.turn(of_uid(identity.uid).groups):
             drop, tree = self._monitor.drop(identity), self._monitor.config.paths.tree
             proof = await probe(drop, tree, path, access, inode, identity.context)
         if proof.reason:

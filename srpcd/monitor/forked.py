@@ -4,9 +4,8 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from weakref import WeakValueDictionary
+from collections.abc import Callable
+from contextlib import suppress
 
 from srpcd import confine
 from srpcd.monitor.faults import StartFault
@@ -14,22 +13,6 @@ from srpcd.monitor.launch import Drop, become, fork, keep_only
 
 _PATIENCE = 30.0
 """Seconds for a piece of work of our own: the longest is to make a key on a slow machine."""
-
-
-class Turns:
-    """Places for what costs root a process: so many in all, so many for one origin. Whoever finds none waits in line."""
-
-    def __init__(self, total: int, each: int) -> None:
-        self._each = each
-        self._all = asyncio.Semaphore(total)
-        self._origins: WeakValueDictionary[object, asyncio.Semaphore] = WeakValueDictionary()
-
-    @asynccontextmanager
-    async def turn(self, origin: object) -> AsyncIterator[None]:
-        """Hold a place."""
-        own = self._origins.setdefault(origin, asyncio.Semaphore(self._each))
-        async with own, self._all:
-            yield
 
 
 async def ask(work: Callable[[socket.socket], object], drop: Drop, seconds: float) -> tuple[bytes, list[int]]:

@@ -5,21 +5,27 @@ import os
 import socket
 import time
 from errno import EACCES, EAGAIN, EOPNOTSUPP, ETIMEDOUT
+from functools import partial
 from typing import TYPE_CHECKING
 
 from srpcd import ipc, selinux
 from srpcd.monitor import accounts, authentication
 from srpcd.monitor.authentication import Afid, PamChild
 from srpcd.monitor.connections import NO_ROOM, Connection
+from srpcd.monitor.conversations import Conversation, Conversations
 from srpcd.monitor.credentials import LACKS_GROUPS, Credentials, has_groups, worker_identity
 from srpcd.monitor.faults import Denied
-from srpcd.monitor.forked import Turns
 from srpcd.monitor.launch import Drop
+from srpcd.monitor.limiter import FairLimiter
 from srpcd.monitor.requests import Violation, plain_path
 from srpcd.wire import limits as wire
 
 if TYPE_CHECKING:
     from srpcd.monitor.monitor import Monitor
+
+
+GAVE_WAY = "no answer came for a while, and others wait to authenticate: try again"
+"""What is said to a client whose conversation was evicted."""
 
 
 class Logins:
@@ -28,10 +34,10 @@ class Logins:
     def __init__(self, monitor: "Monitor") -> None:
         self._monitor = monitor
         self._failures = authentication.Failures()
-        # Those whom the kernel vouches for do not wait behind strangers who type no password.
-        self._pam = {each: Turns(wire.PAM_CHILDREN_MAX, wire.PAM_CHILDREN_MAX // 2) for each in ("pam", "peer")}
+        # Local users whom the kernel vouches for do not wait behind unauthenticated clients that type no password.
+        self._pam = {each: Conversations(self._failures.suspicion) for each in ("pam", "peer")}
         self._pam_context = selinux.with_domain(monitor.own.context, selinux.AUTHENTICATION)
-        self._look_ups = Turns(wire.LOOK_UPS_MAX, wire.LOOK_UPS_MAX // 2)
+        self._look_ups = FairLimiter(wire.LOOK_UPS_MAX, wire.LOOK_UPS_MAX // 2)
 
     def authenticate(self, connection: Connection, message: ipc.Authenticate) -> None:
         if message.afid in connection.afids or message.mechanism not in self._pam:
@@ -51,7 +57,7 @@ class Logins:
         try:
             if not by_password and process is None:
                 raise Denied(EOPNOTSUPP, "the mechanism peer is for the local socket")
-            async with self._failures.attempt((user, connection.origin.address)) as attempt:
+            async with self._failures.attempt(user, connection.origin.groups) as attempt:
                 attempt.begun = True
                 connection.failures += 1
                 if process is not None:  # who it is not can be told without PAM
@@ -94,7 +100,7 @@ class Logins:
 
     async def look_up(self, user: str, connection: Connection) -> accounts.Account | None:
         try:
-            async with self._look_ups.turn(connection.origin):
+            async with self._look_ups.turn(connection.origin.groups):
                 return await accounts.look_up(user, self._monitor.own.context)
         except OSError as fault:
             raise Denied(EAGAIN, f"no look-up of accounts at the moment: {fault.strerror or fault}") from None
@@ -134,24 +140,34 @@ class Logins:
     async def _converse(self, connection: Connection, message: ipc.Authenticate) -> ipc.Outcome:
         """Let a child authenticate. Raises Denied: EAGAIN, ETIMEDOUT."""
         child: PamChild | None = None
+        conversation: Conversation | None = None
+        seconds = self._monitor.config.authentication.timeout
         try:
-            async with (
-                asyncio.timeout(self._monitor.config.authentication.timeout),
-                self._pam[message.mechanism].turn(connection.origin),
-            ):
+            async with asyncio.timeout(None) as timeout:
+                conversation = Conversation(self._pam[message.mechanism], connection.origin.groups, seconds, timeout)
+                await conversation.begun.wait()
                 drop = Drop(None, {}, not self._monitor.personal, context=self._pam_context)
                 child = self._monitor.start(PamChild, message.uname, drop, log_origin=connection.log_origin)
+                child.conversation = conversation
+                conversation.proceed = partial(child.send, ipc.Proceed())
                 self._introduce(connection, message, child)
                 await asyncio.shield(child.gone)
                 return child.result or ipc.Outcome(EACCES, "the authentication child died", 0, 0)
         except TimeoutError:
-            errno = ETIMEDOUT if child else EAGAIN
-            raise Denied(errno, "authentication was not finished in time, or too many are under way") from None
+            if conversation is not None and conversation.gave_way:
+                raise Denied(EAGAIN, GAVE_WAY) from None
+            raise Denied(ETIMEDOUT, "authentication was not finished in time") from None
         except OSError as fault:
             raise Denied(EAGAIN, f"no authentication at the moment: {fault.strerror}") from None
         finally:
-            if child is not None:
-                child.kill("")
+            if conversation is not None:
+                conversation.leave()
+                if child is None:
+                    conversation.over()
+                else:  # what is killed may still be at work
+                    over = conversation.over
+                    child.kill("")
+                    child.gone.add_done_callback(lambda _: over())
 
     def _introduce(self, connection: Connection, message: ipc.Authenticate, child: PamChild) -> None:
         """Tell the child whom to authenticate, and let it and the gate talk to each other."""
@@ -160,6 +176,17 @@ class Logins:
         setup = ipc.AuthSetup(self._pam_context, os.getpid(), message.mechanism, service, message.uname, connection.host)
         child.send(setup, (child_end,))
         connection.gate.send(ipc.Conversation(connection.number, message.afid), (gate_end,))
+
+    def waiting(self, child: PamChild, _message: ipc.Waiting) -> None:
+        child.conversation.waiting()
+
+    def answered(self, child: PamChild, _message: ipc.Answered) -> None:
+        child.conversation.answered()
+
+    def look(self) -> None:
+        """Let conversations that have been silent for long give way; to be called about once a second."""
+        for conversations in self._pam.values():
+            conversations.look()
 
     def outcome(self, child: PamChild, message: ipc.Outcome) -> None:
         child.result = message

@@ -41,15 +41,17 @@ class Refused(Exception):
 
 
 class Conversation:
-    """PAM's questions to the gate, its answers back. gate: a packet socket.
+    """PAM's questions to the gate, its answers back. gate, monitor: packet sockets.
 
+    While it talks with the gate, PAM does not work, and the monitor lets PAM work for others (`conversations`).
     answered: CLOCK_MONOTONIC in ns of the last answer, 0 for none.
     """
 
-    def __init__(self, gate: int) -> None:
+    def __init__(self, gate: int, monitor: int) -> None:
         self.answered = 0
         self.fault = ""
         self._gate = gate
+        self._monitor = monitor
 
     def hold(self, asked: list[tuple[str, str]]) -> list[bytes | None]:
         """Ask all of it; return what was answered, in order, None where nothing is wanted. Raises Refused, OSError."""
@@ -57,8 +59,14 @@ class Conversation:
             raise Refused("a module asks too much at once")
         room = _TEXTS // len(asked)
         texts = tuple(text.encode()[:room].decode(errors="ignore") for _style, text in asked)
-        ipc.write_packet(self._gate, ipc.Prompts(tuple(style for style, _text in asked), texts))
-        return [self._answer() if style in ("secret", "text") else None for style, _text in asked]
+        ipc.write_packet(self._monitor, ipc.Waiting())
+        try:
+            ipc.write_packet(self._gate, ipc.Prompts(tuple(style for style, _text in asked), texts))
+            return [self._answer() if style in ("secret", "text") else None for style, _text in asked]
+        finally:  # modules go on after a wrong answer too
+            ipc.write_packet(self._monitor, ipc.Answered())
+            if not isinstance(ipc.read_packet(self._monitor), ipc.Proceed):
+                os._exit(0)  # the authentication is over
 
     def _answer(self) -> bytes:
         message = ipc.read_packet(self._gate)
@@ -153,7 +161,7 @@ def main() -> None:
     for fd in (gate, MONITOR):
         os.set_blocking(fd, True)
     os.set_inheritable(MONITOR, False)  # not for programs that a PAM module starts
-    conversation = Conversation(gate)
+    conversation = Conversation(gate, MONITOR)
     try:
         if not setup.uname or "\0" in setup.uname:
             raise Refused("an empty user name, or one with a NUL")

@@ -55,6 +55,8 @@ REQUESTS: dict[type[ipc.Message], Rule] = {
     ipc.LinesWanted: Rule("worker", State.SERVING, "endpoints.lines_wanted"),
     ipc.LineGone: Rule("worker", State.SERVING, "endpoints.line_gone"),
     ipc.IsLive: Rule("worker", State.SERVING, "endpoints.is_live"),
+    ipc.Waiting: Rule("authenticate", State.NEW, "logins.waiting"),
+    ipc.Answered: Rule("authenticate", State.NEW, "logins.answered"),
     ipc.Outcome: Rule("authenticate", State.NEW, "logins.outcome"),
 }
 

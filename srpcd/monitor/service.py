@@ -98,6 +98,7 @@ class Service:
             await asyncio.sleep(min(_LOOK, self._manager.watchdog / 2 or _LOOK))
             self._monitor.expire()
             self._monitor.log.report_suppressed()
+            self._monitor.logins.look()
             for front in self._fronts:
                 front.look()
             if self._serving:

@@ -78,11 +78,23 @@ FAILURES_MAX = 6
 """Failed authentications that end a connection: as many as OpenSSH allows (MaxAuthTries)."""
 
 LOOK_UPS_MAX = 32
-"""Accounts that are looked up at once, half of them for one address or local user: each is a process of root's, for as long
-as a directory service takes. More wait in line."""
+"""Accounts that are looked up at once, shared by `srpcd.monitor.limiter`: each is a process of root's, for as long as a
+directory service takes. More wait in line."""
 
-PAM_CHILDREN_MAX = 8
-"""Authentications at once, half of them from one address: each is a process of root's. More wait in line."""
+PAM_WORKING_MAX = 8
+"""Authentications of one mechanism in which PAM is at work, shared by `srpcd.monitor.limiter`: each takes a processor, or
+waits for a directory service. More wait in line. A conversation that waits for its client is none of them."""
+
+CONVERSATIONS_MAX = 128
+"""Authentications of one mechanism that have begun: each is a process of root's, with 7 MB of memory of its own. More wait
+in line. One address gets a quarter of them at most, and one prefix half."""
+
+SILENCE_SECONDS = 10.0
+"""Seconds that a client may take for an answer before its conversation gives way to that of an origin that has as many: a
+person types a password in less. Those of an origin that has more give way at once, and while nothing waits none does."""
+
+SUSPECT_SECONDS = 600.0
+"""Seconds for which an address, and its prefix, is served after others because an authentication from there has failed."""
 
 # --- one connection ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +132,7 @@ PROBING_MAX = 64
 """Endpoints to which one worker waits for a line."""
 
 PROBES_MAX = 32
-"""Probes at once, an eighth of them for one uid: each is a process for a moment."""
+"""Probes at once, an eighth of them for one uid, shared by `srpcd.monitor.limiter`: each is a process for a moment."""
 
 DEPTH_MAX = 24
 """Elements of a service endpoint's path: the monitor holds a descriptor for each."""

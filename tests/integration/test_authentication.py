@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from srpc_client import AuthenticationError, ConnectionLost, Prompt, blocking
+from srpcd.wire.limits import CONVERSATIONS_MAX
 from tests import realm
 from tests.integration.raw import (
     APPEND,
@@ -534,25 +535,35 @@ def test_authentications_beyond_the_places_wait_and_end_well(daemon: realm.Daemo
     with several([Raw.tls(daemon.tcp, each) for each in sources]) as connections:
         asked = {each: each.post(AUTH, {"afid": 1, "uname": "alice"}) for each in connections}
         answered: dict[Raw, int] = {}
-        most = 0
         while asked:
-            most = max(most, len(daemon.processes("authenticate")))
             for each in first(asked):
                 assert each.answer(asked.pop(each)).kind == AUTH + 1
                 answered[each] = each.post(APPEND, {"fid": 1, "data": realm.password("alice")})
         assert {each.answer(seq).data for each, seq in answered.items()} == {"1"}
-    assert most <= 8
 
 
-def test_one_address_does_not_take_all_places(daemon: realm.Daemon) -> None:
-    source = next(_addresses)
-    with several([Raw.tls(daemon.tcp, source) for _ in range(10)]) as crowd:
-        for number, each in enumerate(crowd):
-            each.post(AUTH, {"afid": 1, "uname": f"crowd{number}"})
-        assert realm.until(lambda: len(daemon.processes("authenticate")) >= 4)
+def test_one_address_does_not_take_all_places_and_its_silent_clients_give_way(daemon: realm.Daemon) -> None:
+    source, most = next(_addresses), CONVERSATIONS_MAX // 4
+    with several([Raw.tls(daemon.tcp, source) for _ in range(most + 2)]) as crowd:
+        asked = {each: each.post(AUTH, {"afid": 1, "uname": f"crowd{number}"}) for number, each in enumerate(crowd)}
+        while len(asked) > 2:
+            for each in first(asked):
+                assert each.answer(asked.pop(each)).kind == AUTH + 1
+        silent = [each for each in crowd if each not in asked]
         with Raw.tls(daemon.tcp, next(_addresses)) as other:
             assert other.authenticate(1, "bob").data == "1"
-        assert len(daemon.processes("authenticate")) <= 4
+        assert len(daemon.processes("authenticate")) <= most
+        gone = [daemon.wait_event("authentication", 60, number, errno=EAGAIN)["user"] for number in (1, 2)]
+        for each, seq in asked.items():
+            assert each.answer(seq).kind == AUTH + 1
+        for name in gone:
+            each = crowd[int(name.removeprefix("crowd"))]
+            silent.remove(each)
+            late = each.ask(APPEND, fid=1, data="late")
+            assert late.errno == EAGAIN
+            assert "others wait" in late.json["message"]
+            assert each.ask(CLUNK, fid=1).kind == CLUNK + 1
+        assert silent[0].ask(APPEND, fid=1, data="wrong").data == "0"
     assert realm.until(lambda: idle_children(daemon))
 
 
