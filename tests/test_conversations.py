@@ -123,7 +123,7 @@ class World:
         monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(authentication, "time", clock)
 
-    def _start(self, _kind: object, name: str, _drop: object) -> Child:
+    def _start(self, _kind: object, name: str, _drop: object, *, log_origin: str) -> Child:
         answer, right = name.split()[1:]
         return Child(self, float(answer), right == "True")
 
@@ -136,7 +136,8 @@ class World:
         self._numbers += 1
         gate = SimpleNamespace(send=verdicts.append)
         connection: Any = SimpleNamespace(
-            gate=gate, number=self._numbers, origin=origin, host="", peer="", failures=0, afids={}, authenticating=None,
+            gate=gate, number=self._numbers, origin=origin, log_origin="", host="", peer="", failures=0, afids={},
+            authenticating=None,
             identity=Identity(20_000, 20_000, ()) if mechanism == "peer" else None, becomes_known=lambda *_: True,
         )  # fmt: skip
         message = ipc.Authenticate(self._numbers, 1, mechanism, f"{user} {answer} {right}", "")
