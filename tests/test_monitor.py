@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from srpcd import ipc
+from srpcd import ipc, passing
 from srpcd.log import Log
 from srpcd.monitor import accounts, children, launch
 from srpcd.monitor import monitor as module
@@ -199,6 +199,23 @@ async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monke
                 ipc.receive(there)
         await asyncio.sleep(0.05)
     assert await asyncio.wait_for(child.gone, 1) == -signal.SIGKILL
+    there.close()
+    their_errors.close()
+
+
+async def test_a_child_that_sends_descriptors_on_standard_error_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a kernel that can't refuse them: their release delays the monitor, so the first is the last."""
+    monkeypatch.setattr(passing, "SO_PASSRIGHTS", 9999)
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    errors, their_errors = socket.socketpair()
+    errors.setblocking(False)
+    pid, pidfd = launch.fork(lambda: time.sleep(60))
+    child = children.Child(launch.Spawned(pid, pidfd, here, errors), "alice", Log(2, level="error"), Mock())
+    their_errors.send(b"a line\n")
+    await asyncio.sleep(0.1)
+    assert not child.gone.done()
+    socket.send_fds(their_errors, [b"x"], [there.fileno()])
+    assert await asyncio.wait_for(child.gone, 60) == -signal.SIGKILL
     there.close()
     their_errors.close()
 

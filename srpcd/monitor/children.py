@@ -3,11 +3,11 @@
 import asyncio
 import os
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from errno import EBADMSG
 from typing import TYPE_CHECKING, NamedTuple
 
 from srpcd import ipc, passing
@@ -57,6 +57,7 @@ class Child:
         self.log_origin = log_origin or f"{self.role}:{name}"
         self._spawned = spawned
         self._refuses = passing.refuse_descriptors(spawned.socket)
+        spawned.errors.setblocking(False)
         self._killed = False
         self._log = log
         self._handle = handle
@@ -159,8 +160,11 @@ class Child:
     def _errors_ready(self) -> None:
         self._bound_releases()
         data = b""
-        with suppress(OSError):  # nothing is there after its end
-            data = self._spawned.errors.recv(4096, socket.MSG_DONTWAIT)
+        try:
+            data = passing.receive(self._spawned.errors, 4096)
+        except OSError as fault:  # nothing is there after its end
+            if fault.errno == EBADMSG:  # each one can cost a read of TICK_SECONDS, and more would follow
+                self.kill("violation: descriptors on standard error")
         if not data:
             asyncio.get_running_loop().remove_reader(self._spawned.errors)
         for line in data.decode(errors="replace").splitlines():
