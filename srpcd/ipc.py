@@ -238,12 +238,13 @@ class Verdict(Message):
 
 class Attached(Message):
     """An attach or a resume is granted. With a descriptor, a stream socket to the worker, where the gate does not have one
-    yet; without where it does. link: the number of this socket."""
+    yet; without where it does. link: the number of this socket. uid: of the worker."""
 
     conn: int
     request: int
     session: int
     link: int
+    uid: int
 
 
 class Refused(Message):

@@ -32,9 +32,9 @@ NEGLIGIBLE = MIB
 class Share:
     """What one origin holds, in bytes.
 
-    An origin is a worker (so: a user, as the monitor tells users apart), whatever addresses its connections come from, and
-    all that are not attached to a worker are one origin. On the local socket it is the uid that connects: one uid may have
-    several workers there.
+    An origin is the uid of a worker, whatever addresses its connections come from, and all that are not attached to a worker
+    are one origin. A single worker is none: its user can end it, and have the next one. On the local socket the origin is
+    the uid that connects.
     """
 
     __slots__ = ("__weakref__", "held")

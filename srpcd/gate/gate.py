@@ -48,6 +48,7 @@ class Gate:
         self.budget = Budget(size(config.limits.memory), self._memory_freed)
         self._unattached = Share()
         self._uids: WeakValueDictionary[str, Share] = WeakValueDictionary()
+        self._users: WeakValueDictionary[int, Share] = WeakValueDictionary()
         self._release_memory = libc.memory_releaser()
         self.channel = Channel(loop, sock, self._dispatch, self._congestion_changed)
         self._tree = config.paths.tree
@@ -89,7 +90,7 @@ class Gate:
         elif isinstance(message, ipc.Drain):
             self._drain(message.milliseconds / 1000)
         else:
-            link = self._link(message.link, fds) if isinstance(message, ipc.Attached) else None
+            link = self._link(message, fds) if isinstance(message, ipc.Attached) else None
             connection = self.connections.get(getattr(message, "conn", -1))
             if connection is None:
                 if not isinstance(message, ipc.Attached):
@@ -115,11 +116,12 @@ class Gate:
         self.connections[message.conn] = connection
         connection.start()
 
-    def _link(self, number: int, fds: list[int]) -> Link | None:
+    def _link(self, message: ipc.Attached, fds: list[int]) -> Link | None:
         """A link to a worker, made if its socket came with the message; None if it has died."""
         if fds:
-            self.links[number] = Link(self, number, fds[0])
-        return self.links.get(number)
+            share = self._users.setdefault(message.uid, Share())
+            self.links[message.link] = Link(self, message.link, fds[0], share)
+        return self.links.get(message.link)
 
     def _congestion_changed(self) -> None:
         for connection in list(self.connections.values()):

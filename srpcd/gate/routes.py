@@ -66,10 +66,11 @@ class Link:
     """A socket to a worker, with the number that the monitor gave it.
 
     dead: it is gone. congested: too much waits for the worker, so those who feed it are not read for.
-    users: connections that were opened on it. refusals: of the worker's user, on all of them.
+    users: connections that were opened on it. refusals: of the worker's user, on all of them. share: of its user, which
+    outlives it in the connections that hold something.
     """
 
-    def __init__(self, gate: "Gate", number: int, fd: int) -> None:
+    def __init__(self, gate: "Gate", number: int, fd: int, share: Share) -> None:
         self.number = number
         self.dead = False
         self.congested = False
@@ -85,7 +86,7 @@ class Link:
         self._out: list[bytes] = []
         self._out_size = 0
         self._backlog = Backlog()
-        self._holding = Holding(gate.budget, Share())
+        self._holding = Holding(gate.budget, share)
         self._holders: set[Connection | Link] = set()
         self._incoming = Transfer(gate.limits)
         self._outgoing = Transfer(gate.limits)
@@ -94,7 +95,7 @@ class Link:
         self._loop.add_reader(fd, self._readable)
 
     def join(self, holding: Holding, *, by_uid: bool) -> None:
-        """Count what this link holds and what a connection holds for one origin: the connection's uid, or this worker."""
+        """Count what this link holds and what a connection holds for one origin: the connection's uid, or this worker's."""
         if by_uid:
             self._holding.move(holding.share)
         else:

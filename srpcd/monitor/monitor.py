@@ -373,7 +373,7 @@ class Monitor:
     def _link(self, gate: Gate, worker: Worker, conn: int, request: int, session: int) -> None:
         """Tell the gate, and give it and the worker a socket to each other if they have none yet."""
         if gate in worker.gates:
-            gate.send(ipc.Attached(conn, request, session, worker.gates[gate]))
+            gate.send(ipc.Attached(conn, request, session, worker.gates[gate], worker.identity.uid))
             return
         try:
             gate_end, worker_end = (each.detach() for each in ipc.socket_pair(SOCK_STREAM))
@@ -381,7 +381,7 @@ class Monitor:
             raise Denied(EAGAIN, "no descriptors are left") from None
         number = worker.gates[gate] = next(self.numbers)
         worker.send(ipc.Gate(gate.number), (worker_end,))
-        gate.send(ipc.Attached(conn, request, session, number), (gate_end,))
+        gate.send(ipc.Attached(conn, request, session, number, worker.identity.uid), (gate_end,))
 
     def _idle(self, worker: Worker) -> None:
         """Let a worker end after its idle time, unless somebody is attached to it then, or is about to be."""

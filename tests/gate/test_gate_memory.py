@@ -259,6 +259,21 @@ def test_several_workers_of_one_uid_have_one_part(start: Start, peer: str) -> No
         assert bob.call(payload_of(PAYLOAD_MAX)) == payload_of(PAYLOAD_MAX)
 
 
+def test_a_user_who_ends_the_own_worker_again_and_again_has_one_part(start: Start) -> None:
+    """Its connections that keep what they hold, and those that have the next worker, are one user's."""
+    world = start("local", memory=BUDGET, stall=30.0)
+    whole, clients = 0, []
+    for _ in range(3):
+        clients += (some := [ready(world, user="alice", peer="192.0.2.7:9") for _ in range(3)])
+        whole += sum(size == len(BODY) - 1 for size in pour(some, BODY[:-1], 0.5))
+        (worker,) = world.workers.values()
+        worker.close()
+        world.until(lambda: not world.workers)
+    assert whole == 2
+    bob = ready(world, user="bob", peer="192.0.2.8:9")
+    assert bob.call(payload_of(PAYLOAD_MAX)) == payload_of(PAYLOAD_MAX)
+
+
 def test_a_user_over_its_share_still_makes_small_calls(world_of: Start, kind: str) -> None:
     world = world_of(kind)
     with many(world, 8) as clients:

@@ -14,7 +14,7 @@ from srpcd import ipc
 from srpcd.config import Config, Limits
 from srpcd.gate.answers import give
 from srpcd.gate.backlog import Backlog
-from srpcd.gate.budget import Budget
+from srpcd.gate.budget import Budget, Share
 from srpcd.gate.conversation import prompt
 from srpcd.gate.gate import Gate
 from srpcd.gate.loop import Loop
@@ -210,7 +210,7 @@ def test_a_worker_that_was_not_listened_to_is_not_taken_for_hung() -> None:
     clock = [0.0]
     here, there = ipc.socket_pair(socket.SOCK_STREAM)
     gate = Mock(loop=Mock(time=lambda: clock[0]), limits=Limits(), budget=Budget(1 << 30, Mock()))
-    link = Link(gate, 1, here.detach())
+    link = Link(gate, 1, here.detach(), Share())
     connection = Mock(number=3, peer="192.0.2.7")
     link.send(connection, Forward(frames.CALL, 1, Fid(b"echo", Attachment(5)), bytes(4)))
     link.check(0.0, 20.0, 65.0)

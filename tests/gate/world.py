@@ -266,11 +266,11 @@ class World:
         number = self._sessions[session]
         if number in self.workers or self.hand_out_dead:
             self.hand_out_dead -= number not in self.workers
-            self.tell(ipc.Attached(conn, request, session, number))
+            self.tell(ipc.Attached(conn, request, session, number, number))
             return
         worker = self.workers[number] = Worker(self, number)
         try:
-            self.tell(ipc.Attached(conn, request, session, number), (worker.gate_end,))
+            self.tell(ipc.Attached(conn, request, session, number, number), (worker.gate_end,))
         finally:
             os.close(worker.gate_end)
         self._selector.register(worker.fd, selectors.EVENT_READ, worker.readable)
