@@ -7,6 +7,7 @@ attributes of `World`, and looks at `World.said`, what the gate told the monitor
 import datetime
 import json
 import os
+import select
 import selectors
 import shutil
 import socket
@@ -203,7 +204,12 @@ class World:
         self._selector.register(self.monitor, selectors.EVENT_READ, self._readable)
 
     def tell(self, message: ipc.Message, fds: list[int] | tuple[int, ...] = ()) -> None:
-        ipc.send_descriptors(self.monitor, message, list(fds))
+        while True:
+            try:
+                ipc.send_descriptors(self.monitor, message, list(fds))
+                return
+            except BlockingIOError:  # the gate has not read for a moment
+                select.select([], [self.monitor], [], PATIENCE)
 
     def _readable(self) -> None:
         message = ipc.read_packet(self.monitor.fileno())
