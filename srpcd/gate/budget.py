@@ -25,22 +25,38 @@ from srpcd.wire.limits import MIB
 LOCAL_PEER = "uid:"
 """What the monitor calls a peer on the local socket begins with this."""
 
+TURN = 0.002
+"""Seconds in one pass of the gate's loop in which the connections of one origin are read from. What takes longer is read in
+the next pass: else whoever sends small requests on many connections has all of these seen to before another one's."""
+
 NEGLIGIBLE = MIB
 """Bytes that an origin may hold (fids, small replies) without being counted as one that has a part of the budget."""
 
 
 class Share:
-    """What one origin holds, in bytes.
+    """What one origin holds, in bytes, and its turn in each pass of the loop.
 
     An origin is the uid of a worker, whatever addresses its connections come from, and all that are not attached to a worker
     are one origin. A single worker is none: its user can end it, and have the next one. On the local socket the origin is
     the uid that connects.
     """
 
-    __slots__ = ("__weakref__", "held")
+    __slots__ = ("__weakref__", "_pass", "_spent", "held")
 
     def __init__(self) -> None:
         self.held = 0
+        self._pass = self._spent = 0.0
+
+    def has_turn(self, now: float) -> bool:
+        """Whether there is time left for it in the pass that began at `now`."""
+        if self._pass != now:
+            self._pass = now
+            self._spent = 0.0
+        return self._spent < TURN
+
+    def spend(self, seconds: float) -> None:
+        """So much time was used for it in this pass."""
+        self._spent += seconds
 
 
 class Budget:

@@ -99,7 +99,11 @@ class Connection:
             self.fault(fault)
 
     def _readable(self) -> None:
-        self._guard(self._read)
+        share, loop = self._holding.share, self._loop
+        if share.has_turn(loop.now):  # else the next pass tells of it again
+            begun = loop.time()
+            self._guard(self._read)
+            share.spend(loop.time() - begun)
 
     def _writable(self) -> None:
         self._guard(self._write)

@@ -22,7 +22,7 @@ EVENTS = 128
 class Loop:
     """The loop of one gate. time: its clock, monotonic seconds. now: what it said when this pass began."""
 
-    __slots__ = ("_alarm", "_alarm_set", "_epoll", "_number", "_readers", "_running", "_timers", "_writers", "now")
+    __slots__ = ("_alarm", "_alarm_set", "_epoll", "_first", "_number", "_readers", "_running", "_timers", "_writers", "now")
 
     time = staticmethod(monotonic)
 
@@ -31,6 +31,7 @@ class Loop:
         self._readers: dict[int, Callable[[], object]] = {}
         self._writers: dict[int, Callable[[], object]] = {}
         self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
+        self._first = 0  # counts passes, so that each begins with another one of those that are always ready
         self._number = 0  # of the last timer: those that are due at the same time keep their order
         self._running = False
         self._alarm = Alarm()
@@ -111,6 +112,10 @@ class Loop:
                     self._alarm_set = first
             ready = poll(timeout, EVENTS)
             now = self.now = monotonic()
+            if len(ready) > 1:
+                self._first += 1
+                at = self._first % len(ready)
+                ready = ready[at:] + ready[:at]
             for fd, events in ready:
                 # Both may have been removed by what came before in this pass. A descriptor of the same number that was
                 # added in it is called for nothing, which no callback minds.
