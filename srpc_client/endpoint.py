@@ -12,6 +12,7 @@ import struct
 from errno import EACCES, ECONNREFUSED, EEXIST, EINVAL, ELOOP, ENOENT, ENOTDIR, EPERM
 
 from srpc_client.errors import SrpcError, UntrustedServer
+from srpc_client.level import low_level
 from srpc_client.owner import distrust
 from srpcd import passing
 from srpcd.wire.errors import WireError
@@ -184,7 +185,8 @@ def open_line(socket_path: str, line: int) -> int:
     """
     uid = os.geteuid()
     where = os.path.dirname(socket_path) or "."
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    with low_level():
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         passing.refuse_descriptors(connected)
         file = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from srpc_client import level
 from srpcd import confine, selinux
 from srpcd.config import Authentication
 from srpcd.monitor import accounts, authentication, connections, contexts, launch
@@ -705,3 +706,40 @@ async def test_a_local_peer_whose_context_the_kernel_does_not_tell_is_not_let_in
         sock.close()
         assert peer.identity is not None
         assert (peer.identity.uid, peer.identity.context) == (os.getuid(), "")
+
+
+# --- services ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("context", "wanted"),
+    [
+        ("unconfined_u:unconfined_r:unconfined_t:s0-s0:c0.c1023", "unconfined_u:unconfined_r:unconfined_t:s0"),
+        ("u:r:t:s0:c1-s0:c1.c3", "u:r:t:s0:c1"),
+        ("system_u:system_r:ledger_t:s0", ""),
+        ("u:r:t", ""),
+        ("/usr/bin/man-filter (enforce)", ""),  # of AppArmor
+        ("unconfined", ""),
+        ("", ""),
+    ],
+)
+def test_a_service_connects_with_the_low_end_of_its_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: str, wanted: str
+) -> None:
+    monkeypatch.setattr(level, "ATTRIBUTES", str(tmp_path))
+    (tmp_path / "current").write_text(context + "\0")
+    (tmp_path / "sockcreate").touch()
+    with level.low_level():
+        assert (tmp_path / "sockcreate").read_text() == wanted
+    assert (tmp_path / "sockcreate").read_text() == ("\n" + wanted[1:] if wanted else "")
+
+
+def test_a_service_without_selinux_or_whose_policy_forbids_it_connects_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(level, "ATTRIBUTES", str(tmp_path))
+    with level.low_level():
+        pass
+    (tmp_path / "current").write_text("u:r:t:s0-s0:c1\0")
+    with level.low_level():
+        pass
