@@ -12,7 +12,7 @@ def low_level() -> Iterator[None]:
     """Sockets that this thread makes meanwhile have the low end of the process's level, where that is a range.
 
     The worker's end of a line has the level of the socket that connected, and a worker may read and write it only if its
-    own level dominates that: that of a caller with the category c1 does not dominate s0-s0:c0.c1023, which a service has that
+    own level dominates that. A caller with the category c1 does not dominate s0-s0:c0.c1023, which a service has that
     was started by an administrator's shell. Nothing is done without SELinux, nor where the policy forbids it.
     """
     try:

@@ -14,6 +14,7 @@ kernel can't do that, three things bound what a peer gains by sending descriptor
 This module is light: workers import it.
 """
 
+import atexit
 import os
 from _socket import AF_UNIX, MSG_CTRUNC, SOCK_STREAM, SOL_SOCKET
 from _socket import socket as make_socket
@@ -148,6 +149,7 @@ class _Releases:
         if not self._prepared:
             self._prepared = True
             _signal.signal(_signal.SIGALRM, self._tick)  # a signal that is ignored would interrupt nothing
+            atexit.register(self.every, 0.0)  # the interpreter's end takes the handler away, and the signal would kill
         _signal.setitimer(_signal.ITIMER_REAL, seconds, seconds)
 
     def _tick(self, _number: int, _frame: object) -> None:

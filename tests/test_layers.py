@@ -42,7 +42,7 @@ class Row(NamedTuple):
 LIGHT_WIRE = ("srpcd.wire.limits", "srpcd.wire.errors", "srpcd.wire.frames")
 """The part of wire that loads nothing but struct and errno."""
 
-LIGHT = ("_ctypes", "_signal", "_socket", "array", "errno", "fcntl", "gc", "os", "select", "struct", "sys", "time")
+LIGHT = ("_ctypes", "atexit", "_signal", "_socket", "array", "errno", "fcntl", "gc", "os", "select", "struct", "sys", "time")
 """What a worker may load at its start (measured: each of asyncio, json, typing … costs megabytes and milliseconds)."""
 
 PURE = (

@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from errno import EBADMSG, ENOPROTOOPT, EPERM
@@ -134,6 +136,12 @@ def test_the_release_of_a_lingering_socket_is_interrupted(
     else:
         passing.close(receiver.detach())
     assert time.monotonic() - begun < LINGER_SECONDS / 3
+
+
+def test_a_process_that_ends_while_they_are_on_ends_as_it_wants_to() -> None:
+    code = "from srpcd import passing\npassing.TICK_SECONDS = 1e-4\npassing.interrupt_releases()\nraise SystemExit(3)"
+    for _ in range(20):
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 3
 
 
 def test_the_signals_stop_when_nothing_is_read_any_more(pair: Pair) -> None:
