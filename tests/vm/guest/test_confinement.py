@@ -254,8 +254,8 @@ def somebody(user: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def line() -> Iterator[Path]:
-    """A line, as the monitor makes it for a service of svc's."""
-    directory = Path(f"/run/srpc/lines/{pwd.getpwnam('svc').pw_uid}")
+    """A line, as the monitor makes it for a service: of carol's, who has none."""
+    directory = Path(f"/run/srpc/lines/{pwd.getpwnam('carol').pw_uid}")
     directory.mkdir(0o700, exist_ok=True)
     path = directory / "1"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -455,11 +455,13 @@ class TestWorker:
         """By no way, while the monitor can't end it."""
         taken = workers["alice"]
         code = f"{PRELUDE}path, found = {served.path[1:]!r}, os.stat({str(served.pipe)!r})\n{LINE}{USES}"
-        assert eval(taken.run(code)) == [28, 28, 28, -EAGAIN]
+        found = taken.run(code)
+        assert found == repr([28, 28, 28, -EAGAIN])
         try:
             with expected_denials("srpc_staff_worker_t srpc_endpoint_t:unix_stream_socket *"), held(main_pid()):
                 subprocess.run(["setsebool", "srpc_call_default", "off"], check=True)
-                assert eval(taken.run(f"{PRELUDE}fd = setup.__dict__['kept']\n{USES}")) == [-EACCES] * 4
+                found = taken.run(f"{PRELUDE}fd = setup.__dict__['kept']\n{USES}")
+                assert found == repr([-EACCES] * 4)
         finally:
             subprocess.run(["setsebool", "srpc_call_default", "on"], check=True)
 
