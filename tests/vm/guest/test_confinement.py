@@ -405,7 +405,7 @@ class TestGate:
 
 LINE = """
 tell(ipc.LinesWanted(path, found.st_dev, found.st_ino))
-fd = setup.__dict__['kept'] = wait(ipc.Line)[1][0]
+fd = setup.__dict__['kept'] = wait(ipc.Line, seconds=30)[1][0]
 """
 USES = """
 from srpcd.wire import frames
