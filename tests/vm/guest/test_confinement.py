@@ -25,6 +25,7 @@ from typing import NamedTuple
 import pytest
 
 from srpc_client import blocking
+from tests.vm.guest.conftest import run
 from tests.vm.guest.denials import Expected
 from tests.vm.guest.test_contexts import Journal, Served, held, main_pid
 
@@ -459,11 +460,11 @@ class TestWorker:
         assert found == repr([28, 28, 28, -EAGAIN])
         try:
             with expected_denials("srpc_staff_worker_t srpc_endpoint_t:unix_stream_socket *"), held(main_pid()):
-                subprocess.run(["setsebool", "srpc_call_default", "off"], check=True)
+                run("setsebool", "srpc_call_default", "off")
                 found = taken.run(f"{PRELUDE}fd = setup.__dict__['kept']\n{USES}")
                 assert found == repr([-EACCES] * 4)
         finally:
-            subprocess.run(["setsebool", "srpc_call_default", "on"], check=True)
+            run("setsebool", "srpc_call_default", "on")
 
 
 PROGRAM = """#!/usr/bin/python3 -I
