@@ -509,7 +509,8 @@ import traceback
 from srpcd.__main__ import main
 from srpcd.monitor.front import Front
 
-def welcome(self, gate, sock, peer):
+def welcome(self, gate, sock, duplicate, peer):
+    duplicate.close()
     sock.settimeout(20)
     scope = {"result": None}
     try:
