@@ -8,8 +8,8 @@ Who talks to whom, and through what:
 
 All are Unix sockets, because a pipe takes more than bytes: splice(2) puts pages of a file into it, and the reader of a page
 that a FUSE file system keeps locked can't be killed any more. What is sent to a socket is copied while the *sender* waits.
-Only the monitor accepts no descriptors, and nobody accepts any but from the monitor (`srpcd.passing`). A message is at most
-PACKET_MAX bytes.
+The monitor accepts no descriptors, and its children accept them from the monitor alone (`srpcd.passing`). A message is at
+most PACKET_MAX bytes.
 
 This module is light: workers import it.
 

@@ -181,14 +181,19 @@ async def test_where_there_is_a_line_is_proved_first() -> None:
     assert settled == ["3", "0", "1", "2", "4"]
 
 
-async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What others cause waits for him, descriptors too; a little read now and then is no excuse."""
-    monkeypatch.setattr(children, "_UNREAD_SECONDS", 0.5)
+def sleeping_child() -> tuple[children.Child, socket.socket, socket.socket]:
+    """A child that does nothing, with its own ends of the message socket and of standard error."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     errors, their_errors = socket.socketpair()
     pid, pidfd = launch.fork(lambda: time.sleep(60))
     spawned = launch.Spawned(pid, pidfd, here, errors)
-    child = children.Child(spawned, "alice", Log(2, level="error"), lambda *_: None)
+    return children.Child(spawned, "alice", Log(2, level="error"), Mock()), there, their_errors
+
+
+async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others cause waits for him, descriptors too; a little read now and then is no excuse."""
+    monkeypatch.setattr(children, "_UNREAD_SECONDS", 0.5)
+    child, there, their_errors = sleeping_child()
     there.setblocking(False)
     end = time.monotonic() + 10
     while not child.gone.done() and time.monotonic() < end:
@@ -206,11 +211,7 @@ async def test_whoever_reads_too_slowly_is_ended_however_steadily_he_reads(monke
 async def test_a_child_that_sends_descriptors_on_standard_error_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a kernel that can't refuse them: their release delays the monitor, so the first is the last."""
     monkeypatch.setattr(passing, "SO_PASSRIGHTS", 9999)
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    errors, their_errors = socket.socketpair()
-    errors.setblocking(False)
-    pid, pidfd = launch.fork(lambda: time.sleep(60))
-    child = children.Child(launch.Spawned(pid, pidfd, here, errors), "alice", Log(2, level="error"), Mock())
+    child, there, their_errors = sleeping_child()
     their_errors.send(b"a line\n")
     await asyncio.sleep(0.1)
     assert not child.gone.done()
@@ -223,10 +224,7 @@ async def test_a_child_that_sends_descriptors_on_standard_error_is_ended(monkeyp
 async def test_a_killed_child_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a process hangs in the kernel. What waits for its end (another gate, the daemon's own end) goes on."""
     monkeypatch.setattr(children, "_STUCK_SECONDS", 0.1)
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    errors, their_errors = socket.socketpair()
-    pid, pidfd = launch.fork(lambda: time.sleep(60))
-    child = children.Child(launch.Spawned(pid, pidfd, here, errors), "tls", Log(2, level="error"), Mock())
+    child, there, their_errors = sleeping_child()
     with monkeypatch.context() as patched:
         patched.setattr(signal, "pidfd_send_signal", lambda *_: None)
         child.kill("does not answer")
@@ -234,8 +232,8 @@ async def test_a_killed_child_that_does_not_end_is_given_up(monkeypatch: pytest.
     assert child.proved.result() is False
     child.send(ipc.Ping())
     child.kill("once more")
-    os.kill(pid, signal.SIGKILL)  # and once it does end, it is taken off the process table
-    while Path(f"/proc/{pid}").exists():
+    os.kill(child.pid, signal.SIGKILL)  # and once it does end, it is taken off the process table
+    while Path(f"/proc/{child.pid}").exists():
         await asyncio.sleep(0.01)
     there.close()
     their_errors.close()

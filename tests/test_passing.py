@@ -4,7 +4,6 @@ import array
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from errno import EBADMSG, ENOPROTOOPT, EPERM
 import pytest
 
 from srpcd import passing
-from tests import realm
+from tests import lingering, realm
 
 LINGER_SECONDS = 30
 """Of the socket that is sent along: what its release waits for where nothing bounds it."""
@@ -36,17 +35,7 @@ def send_lingering() -> Iterator[Callable[[socket.socket], None]]:
     kept: list[socket.socket] = []
 
     def send(sender: socket.socket) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as tcp:
-            kept.append(listener.accept()[0])
-            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LINGER_SECONDS))
-            tcp.setblocking(False)
-            try:
-                while True:
-                    tcp.send(bytes(65536))
-            except BlockingIOError:
-                pass
-            send_descriptor(sender, tcp.fileno())
-            tcp.setblocking(True)
+        kept.append(lingering.send_lingering(sender, b"x", LINGER_SECONDS))
 
     yield send
     for each in kept:

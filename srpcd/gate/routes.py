@@ -13,7 +13,6 @@ from srpcd import ipc, passing
 from srpcd.gate.backlog import Backlog
 from srpcd.gate.budget import Holding, Share
 from srpcd.gate.pace import Transfer
-from srpcd.gate.tls import STRIKES
 from srpcd.session.effects import Forward
 from srpcd.wire.errors import ProtocolError
 from srpcd.wire.frames import APPEND, CALL, HEADER, STAT, FrameReader, frame
@@ -91,7 +90,7 @@ class Link:
         self._incoming = Transfer(gate.limits)
         self._outgoing = Transfer(gate.limits)
         self._failed = False
-        self._strikes = 0
+        self._suspicion = passing.Suspicion()
         self._loop.add_reader(fd, self._readable)
 
     def join(self, holding: Holding, *, by_uid: bool) -> None:
@@ -257,7 +256,7 @@ class Link:
             return False
         bounded = not self._gate.refuses
         if bounded:
-            passing.interrupt_releases()
+            self._suspicion.reads()
         try:
             if large:
                 with self._reader.room() as room:
@@ -271,9 +270,7 @@ class Link:
             return False
         except OSError:  # ECONNRESET: it ended, and left something unread
             count = 0
-        if bounded:
-            self._strikes = self._strikes + 1 if passing.interrupted() else 0
-        if not count or self._strikes >= STRIKES:
+        if not count or (bounded and self._suspicion.confirmed()):
             self.die()
             return False
         if large and large <= count:

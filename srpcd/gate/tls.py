@@ -21,10 +21,6 @@ from srpcd.wire.limits import READ_SIZE
 ALPN = b"srpc/1"
 """The protocol's name and version (RFC 7301)."""
 
-STRIKES = 3
-"""Reads in a row, of one connection, that waited for the release of descriptors, after which it is ended. By chance a signal
-falls into an honest read once in 6,800 times, on a machine with twice as much to do as it can (measured)."""
-
 _NO_ROOM = memoryview(b"")
 
 
@@ -53,7 +49,7 @@ class Plain:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.refuses = sock.family != socket.AF_UNIX or passing.refuse_descriptors(sock)
-        self._strikes = 0
+        self._suspicion = passing.Suspicion()
 
     def handshake(self) -> bool:
         """Whether data may be exchanged. Raises TransportError."""
@@ -79,10 +75,9 @@ class Plain:
 
     def _bounded(self, read: Callable[[Any], Any], argument: object) -> Any:
         """Read, with the release of descriptors bounded. (The sandbox has no recvmsg, which would tell of them.)"""
-        passing.interrupt_releases()
+        self._suspicion.reads()
         result = read(argument)
-        self._strikes = self._strikes + 1 if passing.interrupted() else 0
-        if self._strikes >= STRIKES:
+        if self._suspicion.confirmed():
             raise DescriptorsSent("the client sends descriptors")
         return result
 

@@ -4,7 +4,6 @@ import json
 import os
 import select
 import socket
-import struct
 import time
 from collections.abc import Callable
 from errno import ECONNRESET, EKEYEXPIRED, EMSGSIZE, EPROTO, ESHUTDOWN
@@ -17,6 +16,7 @@ from srpcd.wire.frames import AUTH, CALL, HEADER, PING, WALK, frame
 from tests.gate.client import Client
 from tests.gate.fake_worker import Worker
 from tests.gate.world import World
+from tests.lingering import send_lingering
 
 Start = Callable[..., World]
 
@@ -231,20 +231,6 @@ def test_a_client_can_not_pass_descriptors_to_a_gate(local: World) -> None:
     assert len(os.listdir(f"/proc/{local.pid}/fd")) == before
 
 
-def send_lingering(sender: socket.socket, kept: list[socket.socket]) -> None:
-    """Send a ping, and with it the last descriptor of a socket whose release waits for a minute."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as tcp:
-        kept.append(listener.accept()[0])
-        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
-        tcp.setblocking(False)
-        try:
-            while True:
-                tcp.send(bytes(65536))
-        except BlockingIOError:
-            pass
-        socket.send_fds(sender, [frame(PING, 1)], [tcp.fileno()])
-
-
 def test_descriptors_that_are_slow_to_release_hold_up_no_other_client(start: Callable[..., World]) -> None:
     """On a kernel that can't refuse them: all connections of that user end, and the monitor is told."""
     local = start("local", program="older.py")
@@ -252,8 +238,7 @@ def test_descriptors_that_are_slow_to_release_hold_up_no_other_client(start: Cal
     assert other.ask(PING)
     kept: list[socket.socket] = []
     for _ in range(5):
-        send_lingering(mallory.sock, kept)
-        send_lingering(again.sock, kept)
+        kept += [send_lingering(each.sock, frame(PING, 1), 60) for each in (mallory, again)]
     assert other.ask(PING)
     assert mallory.over()
     assert again.over()
